@@ -1,0 +1,42 @@
+# ruff: noqa: TID252 (lazy_loader reads this file and takes relative imports only)
+from .errors import BlueprintError as BlueprintError
+from .errors import ConfigurationError as ConfigurationError
+from .errors import ConflictError as ConflictError
+from .errors import DatabaseUnavailable as DatabaseUnavailable
+from .errors import DatasetError as DatasetError
+from .errors import DataUnavailable as DataUnavailable
+from .errors import DeviceError as DeviceError
+from .errors import DivergenceError as DivergenceError
+from .errors import EnvironmentTooOld as EnvironmentTooOld
+from .errors import EsperError as EsperError
+from .errors import GrowthError as GrowthError
+from .errors import IntegrityError as IntegrityError
+from .errors import LeaseLost as LeaseLost
+from .errors import NotFoundError as NotFoundError
+from .errors import ObjectsUnavailable as ObjectsUnavailable
+from .errors import RunConflict as RunConflict
+from .errors import RunFailed as RunFailed
+from .errors import SiteError as SiteError
+from .errors import TargetError as TargetError
+from .errors import TemporalUnavailable as TemporalUnavailable
+from .errors import UnavailableError as UnavailableError
+from .errors import UsageError as UsageError
+from .runtime.kasmina.digest import weights_digest as weights_digest
+from .runtime.kasmina.growth import Graft as Graft
+from .runtime.kasmina.growth import cull as cull
+from .runtime.kasmina.growth import fossilize as fossilize
+from .runtime.kasmina.growth import graft as graft
+from .runtime.kasmina.layer import KasminaLayer as KasminaLayer
+from .runtime.kasmina.model import wrap as wrap
+from .runtime.kasmina.morphable import MorphableModel as MorphableModel
+from .runtime.kasmina.morphable import dormant as dormant
+from .runtime.kasmina.persistence import load as load
+from .runtime.kasmina.persistence import save as save
+from .runtime.kasmina.status import ModelStatus as ModelStatus
+from .runtime.kasmina.status import SeedStatus as SeedStatus
+from .runtime.kasmina.status import SiteStatus as SiteStatus
+from .runtime.kasmina.status import status as status
+from .runtime.kasmina.unwrap import unwrap as unwrap
+from .runtime.tolaria.tasks import Task as Task
+
+__version__: str

@@ -1,0 +1,5 @@
+"""`python -m esper` is `esper-cli`."""
+
+from esper.cli import main
+
+main()

@@ -1,0 +1,57 @@
+"""How an activity in a thread says that it lives, and how it learns that it should stop."""
+
+import contextvars
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from temporalio import activity
+from temporalio.exceptions import ApplicationError
+from temporalio.exceptions import CancelledError
+
+from esper.runtime.temporal.options import HEARTBEAT
+
+
+class Draining(Exception):
+    """The worker shuts down: finish the step, commit, let another process go on."""
+
+
+def beat(details: object) -> None:
+    """Heartbeat with what is going on; raises when the activity should end at the next step boundary.
+
+    Raises `CancelledError` when the workflow cancelled it, `Draining` when the worker shuts down.
+    """
+    activity.heartbeat(details)
+    if activity.is_worker_shutdown():
+        raise Draining
+    if activity.is_cancelled():
+        raise CancelledError("the workflow cancelled this activity")
+
+
+@contextmanager
+def draining_to_failure() -> Iterator[None]:
+    """A drained activity fails with the type that costs its run no penalty."""
+    try:
+        yield
+    except Draining:
+        raise ApplicationError("the trainer shuts down", type="WorkerDraining", non_retryable=True) from None
+
+
+@contextmanager
+def pulse(details: str) -> Iterator[None]:
+    """Heartbeats from beside an opaque, bounded piece of work (loading a data set, exporting a model)."""
+    ended = threading.Event()
+    context = contextvars.copy_context()
+
+    def beats() -> None:
+        while not ended.wait(HEARTBEAT.total_seconds() / 4):
+            activity.heartbeat(details)
+
+    thread = threading.Thread(target=context.run, args=(beats,), name="pulse", daemon=True)
+    activity.heartbeat(details)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,197 @@
+"""The trainer's activities: everything that touches the one live model of this process.
+
+Training and judging run in threads and beat at step boundaries; deliveries are taken at the same time. A
+cancellation never interrupts a step: it is noticed with the next beat.
+"""
+
+import asyncio
+import os
+import sys
+import threading
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from temporalio import activity
+from temporalio.exceptions import ApplicationError
+
+from esper.activities import names
+from esper.activities.heartbeats import Draining
+from esper.activities.heartbeats import beat
+from esper.activities.heartbeats import draining_to_failure
+from esper.activities.heartbeats import pulse
+from esper.activities.trainer_store import UrzaStore
+from esper.contracts.operational import EpochResult
+from esper.contracts.operational import HeadRef
+from esper.contracts.operational import JudgeReport
+from esper.contracts.orders import AbandonRequest
+from esper.contracts.orders import CheckpointRequest
+from esper.contracts.orders import ClaimRequest
+from esper.contracts.orders import CodeLocation
+from esper.contracts.orders import EpochRequest
+from esper.contracts.orders import FinishedRun
+from esper.contracts.orders import InstallRequest
+from esper.contracts.orders import InstallResult
+from esper.contracts.orders import JudgeRequest
+from esper.contracts.orders import Lease
+from esper.contracts.orders import LoadedRun
+from esper.contracts.orders import LoadRequest
+from esper.contracts.orders import ReleaseRequest
+from esper.contracts.orders import RemoveRequest
+from esper.errors import LeaseLost
+from esper.runtime.tolaria.session import Session
+from esper.runtime.urza.connections import Connections
+from esper.runtime.urza.library import Library
+
+
+class TrainerActivities:
+    """One process, one run, one live session. `task_queue` is the queue that this process alone serves."""
+
+    def __init__(self, task_queue: str, connections: Connections, loop: asyncio.AbstractEventLoop) -> None:
+        self.task_queue = task_queue
+        self.lease: Lease | None = None
+        self.claimed = asyncio.Event()
+        self.released = asyncio.Event()
+        self._connections = connections
+        self._library: Library | None = None
+        self._loop = loop
+        self._session: Session | None = None
+        self._busy = 0
+        self._lock = threading.Lock()
+
+    def on_own_queue(self) -> list[Callable[..., Any]]:
+        return [
+            self.claim_trainer,
+            self.load_run,
+            self.train_epoch,
+            self.install_kernel,
+            self.abandon_kernel,
+            self.judge_seed,
+            self.remove_seed,
+            self.checkpoint,
+            self.release_trainer,
+        ]
+
+    async def give_up(self) -> None:
+        """The process ends: whoever claims the run next need not wonder whether this one still lives."""
+        if self.lease is not None and self._library is not None:
+            await self._library.release(self.lease)
+
+    @property
+    def idle(self) -> bool:
+        """True while no activity touches the session."""
+        return self._busy == 0
+
+    @activity.defn(name=names.CLAIM_TRAINER.name)
+    async def claim_trainer(self, request: ClaimRequest) -> Lease:
+        """Give this process to a run: a new lease, which fences off every earlier one of that run."""
+        if self.lease is not None and self.lease.run_id != request.run_id:
+            raise ApplicationError(f"this trainer serves {self.lease.run_id}", type="TrainerBusy")
+        library = await self._connections.library(request.urza)
+        self.lease = await library.claim(request.run_id, self.task_queue)
+        self._library = library
+        self.claimed.set()
+        return self.lease
+
+    @activity.defn(name=names.LOAD_RUN.name, no_thread_cancel_exception=True)
+    def load_run(self, request: LoadRequest) -> LoadedRun:
+        """Build the task and the model, and go back to the run's head."""
+        with pulse("loading"), self._holding(request.lease):
+            if self._session is not None:
+                self._session.close()
+            _enter(request.code)
+            library = asyncio.run_coroutine_threadsafe(
+                self._connections.library(request.config.urza), self._loop
+            ).result()
+            ledger = asyncio.run_coroutine_threadsafe(library.take_over(request.lease), self._loop).result()
+            store = UrzaStore(self._loop, library, self._connections.store(request.config.urza), request.lease)
+            self._session = Session.load(request.config, ledger, store)
+            return self._session.describe()
+
+    @activity.defn(name=names.TRAIN_EPOCH.name, no_thread_cancel_exception=True)
+    def train_epoch(self, request: EpochRequest) -> EpochResult:
+        """Train to the end of one epoch; on SIGTERM commit where it stands and let another process go on."""
+        with draining_to_failure(), self._working(request.lease) as session:
+            try:
+                return session.train_epoch(request, beat)
+            except Draining:
+                session.checkpoint(hold=True)
+                raise
+
+    @activity.defn(name=names.INSTALL_KERNEL.name, no_thread_cancel_exception=True)
+    def install_kernel(self, request: InstallRequest) -> InstallResult:
+        """Fetch, verify and build a kernel while training goes on, and record the step of its graft."""
+        with pulse("installing"), self._working(request.lease) as session:
+            return session.install(request.delivery)
+
+    @activity.defn(name=names.ABANDON_KERNEL.name, no_thread_cancel_exception=True)
+    def abandon_kernel(self, request: AbandonRequest) -> InstallResult:
+        """Do not wait for this kernel any more."""
+        with pulse("abandoning"), self._working(request.lease) as session:
+            return session.abandon(request.adaptation, request.reason)
+
+    @activity.defn(name=names.JUDGE_SEED.name, no_thread_cancel_exception=True)
+    def judge_seed(self, request: JudgeRequest) -> JudgeReport:
+        """Train the twin and take the verdict."""
+        with draining_to_failure(), self._working(request.lease) as session:
+            return session.judge(request.adaptation_id, beat)
+
+    @activity.defn(name=names.REMOVE_SEED.name, no_thread_cancel_exception=True)
+    def remove_seed(self, request: RemoveRequest) -> InstallResult:
+        """Ramp a graft to zero, then remove it."""
+        with pulse("removing"), self._working(request.lease) as session:
+            return session.remove(request.adaptation_id)
+
+    @activity.defn(name=names.CHECKPOINT.name, no_thread_cancel_exception=True)
+    def checkpoint(self, request: CheckpointRequest) -> HeadRef:
+        """Commit at the next step boundary."""
+        with pulse("committing"), self._working(request.lease) as session:
+            return session.checkpoint(hold=request.hold, pauses=request.pauses)
+
+    @activity.defn(name=names.RELEASE_TRAINER.name, no_thread_cancel_exception=True)
+    def release_trainer(self, request: ReleaseRequest) -> FinishedRun:
+        """The end of this process's service: evaluate and export when the run ends well, then let go."""
+        with pulse("finishing"), self._working(request.lease) as session:
+            finished = session.finish() if request.finish else session.unfinished()
+            session.close()
+        self._loop.call_soon_threadsafe(self.released.set)
+        return finished
+
+    @contextmanager
+    def _holding(self, lease: Lease) -> Iterator[None]:
+        """Refuse stale orders; count fresh ones."""
+        with self._lock:
+            if self.lease is None or lease.lease_gen != self.lease.lease_gen:
+                held = self.lease.lease_gen if self.lease is not None else "none"
+                raise LeaseLost(
+                    "ESP-503",
+                    f"run {lease.run_id}: an order under lease {lease.lease_gen} reached a trainer that holds {held}",
+                    hint="nothing to do: the run goes on under the newer lease",
+                    run_id=lease.run_id,
+                )
+            self._busy += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._busy -= 1
+
+    @contextmanager
+    def _working(self, lease: Lease) -> Iterator[Session]:
+        with self._holding(lease):
+            if self._session is None:
+                raise LeaseLost("ESP-503", f"run {lease.run_id} is not loaded here", hint="it is claimed anew")
+            yield self._session
+
+
+def _enter(code: CodeLocation | None) -> None:
+    """Make the user's own modules importable, as they were where the run was started."""
+    if code is None:
+        return
+    if Path(code.directory).is_dir():
+        os.chdir(code.directory)
+    for place in reversed((code.directory, *code.python_path)):
+        if place not in sys.path:
+            sys.path.insert(0, place)

@@ -1,0 +1,353 @@
+"""`start-run`, from the checks to the output folder: a stack, the workflow, the live view, what was grown."""
+
+import asyncio
+import difflib
+import importlib.util
+import os
+import secrets
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC
+from datetime import datetime
+from pathlib import Path
+
+from temporalio.client import Client
+from temporalio.common import SearchAttributePair
+from temporalio.common import TypedSearchAttributes
+from temporalio.common import WorkflowIDReusePolicy
+from temporalio.exceptions import WorkflowAlreadyStartedError
+
+from esper.commands import output
+from esper.commands.actions import connections
+from esper.commands.actions import records
+from esper.commands.actions import watching
+from esper.commands.actions.versions import LEAST
+from esper.commands.actions.versions import check_version
+from esper.commands.views import summary
+from esper.contracts.config import EsperConfig
+from esper.contracts.enums import Outcome
+from esper.contracts.messages import Answer
+from esper.contracts.messages import Payload
+from esper.contracts.messages import Resume
+from esper.contracts.orders import CodeLocation
+from esper.contracts.orders import RunRecord
+from esper.contracts.orders import TrainingRequest
+from esper.errors import ConfigurationError
+from esper.errors import NotFoundError
+from esper.errors import RunConflict
+from esper.errors import TargetError
+from esper.runtime.configuration import check_run_id
+from esper.runtime.configuration import list_quick_starts
+from esper.runtime.configuration import load_config
+from esper.runtime.run_document import ENDED
+from esper.runtime.run_document import RunView
+from esper.runtime.run_document import check_output_folder
+from esper.runtime.run_document import document_json
+from esper.runtime.run_document import write_output_folder
+from esper.runtime.temporal import queues
+from esper.runtime.tezzeret.blueprints import get_blueprint
+from esper.runtime.urza.library import Library
+from esper.workflows import presentation
+
+WORKFLOW = "TrainingRun"
+ROW_TIMEOUT = 30.0
+"""Seconds in which a worker must have recorded a new run, or nobody polls the queue."""
+
+ROW_INTERVAL = 0.1
+
+FOLDER_TASKS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+"""Tasks whose data is a folder that the user names, and its form in `runtime.tolaria.cifar`."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has passed every check that needs no other process."""
+
+    config: EsperConfig
+    run_id: str
+    named_folder: str
+    folder: Path
+    code: CodeLocation
+
+
+def prepare(
+    *, quick_start: str | None, config: str | None, values: list[str], run_id: str | None, output_folder: str | None
+) -> Prepared:
+    """Check configuration, names, paths and the run id. Writes nothing and contacts nothing.
+
+    Raises `ConfigurationError` (ESP-201..212), `TargetError` (ESP-310..313), `BlueprintError`.
+    """
+    for name in LEAST:
+        check_version(name)
+    resolved = connections.read_configuration(quick_start, config, values)
+    chosen = check_run_id(run_id) if run_id is not None else new_run_id(resolved.run.name)
+    named = output_folder or f"results/{chosen}"
+    folder = check_output_folder(named)
+    for blueprint in resolved.tamiyo.blueprints:
+        get_blueprint(blueprint)
+    connections.check_remote(resolved)
+    if connections.is_local(resolved):
+        check_on_this_machine(resolved)
+    return Prepared(resolved, chosen, named, folder, code_location())
+
+
+def new_run_id(name: str) -> str:
+    """`<name>-<UTC time>-<4 hex digits>`."""
+    return f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
+
+
+def code_location() -> CodeLocation:
+    """The caller's folder and `PYTHONPATH`, which travel with a local run."""
+    try:
+        directory = str(Path.cwd())
+    except FileNotFoundError:
+        directory = ""
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return CodeLocation(directory=directory, python_path=tuple(str(Path(path).absolute()) for path in paths if path))
+
+
+def check_on_this_machine(config: EsperConfig) -> None:
+    """What a local worker would find wrong, as far as it can be known without building a model.
+
+    Raises `ConfigurationError` (ESP-206 unknown task), `TargetError` (ESP-310), `DeviceError` (ESP-315),
+    `DataUnavailable` (ESP-207).
+    """
+    if config.task.target is not None:
+        check_target(config.task.target)
+    else:
+        check_task_name(config.task.name or "")
+    if config.run.device not in {"auto", "cpu"}:
+        # Only torch knows the devices, and it takes seconds to load: nobody waits for it in vain.
+        from esper.runtime.tolaria.device import choose_device
+
+        choose_device(config.run.device)
+    if config.task.name in FOLDER_TASKS:
+        from esper.runtime.tolaria import cifar
+
+        form = getattr(cifar, FOLDER_TASKS[config.task.name])
+        cifar.load_cifar(form, Path(config.task.path) if config.task.path is not None else None)
+
+
+def check_task_name(name: str) -> None:
+    """Every packaged task has a quick start, so their names are known without loading one.
+
+    Raises `ConfigurationError` (ESP-206).
+    """
+    known = sorted(
+        {load_config(None, quick_start=start, environment={}).task.name or "" for start in list_quick_starts()}
+    )
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        guess = f"Did you mean {near[0]}? " if near else ""
+        raise ConfigurationError(
+            "ESP-206", f"task.name: there is no packaged task {name!r}", hint=f"{guess}Packaged are: {', '.join(known)}"
+        )
+
+
+def check_target(target: str) -> None:
+    """Whether the module of `task.target` can be found, without importing it; what only an import shows, the
+    worker says with the same codes. Raises `TargetError` (ESP-310)."""
+    top = target.partition(":")[0].partition(".")[0]
+    if top in sys.stdlib_module_names or top in sys.builtin_module_names:
+        raise TargetError(
+            "ESP-310",
+            f"task.target {target!r}: {top!r} belongs to Python itself and is refused",
+            hint="Give package.module:function of your own code, a function that returns esper.Task",
+        )
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        found = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        found = None
+    finally:
+        sys.path.remove(here)
+    if found is None:
+        raise TargetError(
+            "ESP-310",
+            f"task.target {target!r}: there is no module {top!r}",
+            hint="Start from the folder that holds it, put that folder on PYTHONPATH, or install the package",
+        )
+
+
+def start(prepared: Prepared, *, detach: bool, as_json: bool) -> int:
+    """Start the run and stay until it ends, or until Ctrl-C, which leaves it running."""
+    quiet = as_json and not sys.stderr.isatty()
+    _ensure_stack(prepared.config, quiet=quiet)
+    begun = asyncio.Event()
+    with ExitStack() as stack:
+        try:
+            view = asyncio.run(_start(prepared, stack, begun, detach=detach, quiet=quiet))
+        except KeyboardInterrupt:
+            stack.close()
+            if begun.is_set():
+                watching.say_detached(prepared.run_id)
+            raise
+    written = prepared.named_folder if view.record.finished is not None and not detach else None
+    document = summary.document(view, written=written)
+    if as_json:
+        output.write_json(document_json(document))
+    elif detach:
+        output.write(prepared.run_id)
+    else:
+        summary.write_summary(view, document)
+    if not as_json:
+        local = connections.is_local(prepared.config)
+        summary.say_useful_commands(prepared.run_id, ended=view.ended, local_stack=local)
+    if not detach:
+        watching.raise_failure(view)
+    return 0
+
+
+async def _start(prepared: Prepared, stack: ExitStack, begun: asyncio.Event, *, detach: bool, quiet: bool) -> RunView:
+    run_id = prepared.run_id
+    client = await connections.client(prepared.config.temporal)
+    async with connections.opened_library(prepared.config.urza) as library:
+        await _refuse_existing(library, run_id)
+        request = TrainingRequest(run_id=run_id, config=prepared.config, code=prepared.code)
+        await start_workflow(client, request, WorkflowIDReusePolicy.REJECT_DUPLICATE)
+        begun.set()
+        await wait_for_row(client, library, run_id)
+        if detach:
+            return await records.look(library, run_id, None)
+        if not quiet:
+            output.say(f"Run {run_id} has begun. Ctrl-C leaves it running.")
+        view = await watching.until_end(library, run_id, watching.progress_screen(stack, quiet=quiet))
+        if view.record.finished is not None:
+            store = connections.store(prepared.config.urza)
+            write_output_folder(prepared.folder, await records.output_files(library, store, view))
+        return view
+
+
+def _ensure_stack(config: EsperConfig, *, quiet: bool) -> None:
+    """The local stack is started when nobody names a server; not in an event loop, so that Ctrl-C ends it."""
+    if connections.is_local(config):
+        connections.stack_up((lambda text: None) if quiet else output.say)
+
+
+async def start_workflow(client: Client, request: TrainingRequest, policy: WorkflowIDReusePolicy) -> None:
+    """Start `TrainingRun` under the run id. Raises `RunConflict` (ESP-501) when it is there already."""
+    config, model = request.config, request.config.task.name or request.config.task.target or ""
+    attributes = TypedSearchAttributes(
+        [
+            SearchAttributePair(presentation.EXPERIMENT, config.run.name),
+            SearchAttributePair(presentation.PHASE, "starting"),
+            SearchAttributePair(presentation.MODEL, model),
+        ]
+    )
+    known = await connections.has_search_attributes(client)
+    if not known:
+        output.say("warning: the namespace lacks Esper's search attributes; the run goes on without them")
+    try:
+        await client.start_workflow(
+            WORKFLOW,
+            request if known else request.model_copy(update={"search_attributes": False}),
+            id=request.run_id,
+            task_queue=queues.ORCHESTRATION,
+            id_reuse_policy=policy,
+            search_attributes=attributes if known else None,
+            memo={"esper_run": request.run_id, "task": model, "policy": config.tamiyo.policy, "seed": config.run.seed},
+            static_summary=f"{config.run.name}: {model}, seed {config.run.seed}, {config.run.max_epochs} epochs",
+            static_details=f"`esper-cli watch {request.run_id}` shows this run; policy {config.tamiyo.policy}, "
+            f"delivery {config.delivery.mode.value}",
+        )
+    except WorkflowAlreadyStartedError as error:
+        raise RunConflict(
+            "ESP-501",
+            f"run {request.run_id} exists already",
+            hint=f"`esper-cli show {request.run_id}` shows it; choose another --run-id",
+            run_id=request.run_id,
+        ) from error
+
+
+async def wait_for_row(client: Client, library: Library, run_id: str) -> RunRecord:
+    """The run's row, which a worker's first activity writes. Raises `TemporalUnavailable` (ESP-307) when none does."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + ROW_TIMEOUT
+    while True:
+        try:
+            return await library.run(run_id)
+        except NotFoundError as missing:
+            if loop.time() > deadline:
+                raise await connections.no_worker(client, run_id, ROW_TIMEOUT) from missing
+        await asyncio.sleep(ROW_INTERVAL)
+
+
+def resume(run_id: str) -> dict[str, object]:
+    """Continue a paused run by its update, an ended one by a new execution from its head.
+
+    Raises `NotFoundError` (ESP-505), `RunConflict` (ESP-502 completed, ESP-504 neither paused nor ended).
+    """
+    record = asyncio.run(records.one_record(run_id))
+    if record.outcome is Outcome.COMPLETED:
+        raise RunConflict(
+            "ESP-502",
+            f"run {run_id} has completed: nothing is left to resume",
+            hint="Start another run with a larger run.max_epochs",
+            run_id=run_id,
+        )
+    _ensure_stack(record.config, quiet=False)
+    return asyncio.run(_resume(record))
+
+
+async def _resume(record: RunRecord) -> dict[str, object]:
+    run_id = record.run_id
+    client = await connections.client(record.config.temporal)
+    if record.outcome not in ENDED and not await connections.is_closed(client, run_id):
+        return await connections.execute_update(client, run_id, "resume", Resume())
+    request = TrainingRequest(
+        run_id=run_id,
+        config=record.config,
+        code=code_location(),
+        expected_head=record.head.digest if record.head is not None else None,
+    )
+    await start_workflow(client, request, WorkflowIDReusePolicy.ALLOW_DUPLICATE)
+    if record.outcome in ENDED:
+        async with connections.opened_library(record.config.urza) as library:
+            await _until_running(client, library, run_id)
+    answer = Answer(run_id=run_id, message=f"{run_id} goes on from epoch {record.epochs}, step {record.steps}")
+    return answer.model_dump(mode="json")
+
+
+async def update(run_id: str, name: str, payload: Payload) -> dict[str, object]:
+    """Send one update to a running run and return its answer. Raises `RunConflict` (ESP-504), `NotFoundError`."""
+    record = await records.one_record(run_id)
+    client = await connections.client(record.config.temporal)
+    if record.outcome in ENDED or await connections.is_closed(client, run_id):
+        raise RunConflict(
+            "ESP-504",
+            f"run {run_id} has ended ({record.outcome.value}): {name} changes nothing",
+            hint=f"`esper-cli resume {run_id}` continues it" if record.outcome is not Outcome.COMPLETED else None,
+            run_id=run_id,
+        )
+    return await connections.execute_update(client, run_id, name, payload)
+
+
+async def _refuse_existing(library: Library, run_id: str) -> None:
+    try:
+        record = await library.run(run_id)
+    except NotFoundError:
+        return
+    hint = (
+        "choose another --run-id"
+        if record.outcome is Outcome.COMPLETED
+        else f"`esper-cli resume {run_id}` continues it"
+    )
+    if record.outcome is Outcome.RUNNING:
+        hint = f"`esper-cli watch {run_id}` shows it; choose another --run-id"
+    raise RunConflict(
+        "ESP-501",
+        f"run {run_id} exists already: {record.outcome.value} since {record.created}, epoch {record.epochs}",
+        hint=hint,
+        run_id=run_id,
+    )
+
+
+async def _until_running(client: Client, library: Library, run_id: str) -> None:
+    """Until the resumed run is recorded as running: `watch` would else show the end of the former execution."""
+    deadline = asyncio.get_running_loop().time() + ROW_TIMEOUT
+    while (await library.run(run_id)).outcome in ENDED and asyncio.get_running_loop().time() < deadline:
+        if await connections.is_closed(client, run_id):
+            return
+        await asyncio.sleep(ROW_INTERVAL)

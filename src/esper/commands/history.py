@@ -1,0 +1,38 @@
+"""What a run decided and why (`history`), and whether its workflow still replays (`replay`)."""
+
+from typing import Annotated
+
+import typer
+
+from esper.commands import options
+from esper.commands import output
+
+
+def history(run: options.RunArgument, as_json: options.JsonFlag = False) -> int:
+    """Every decision, also WAIT, with its evidence, delivery, apply step and outcome."""
+    import asyncio
+
+    from esper.commands.actions import records
+    from esper.commands.views import summary
+    from esper.runtime.run_document import history_document
+
+    document = history_document(asyncio.run(records.one_run(run)))
+    if as_json:
+        output.write_json(document)
+    elif document["decisions"]:
+        summary.write_history(document)
+    else:
+        output.say(f"Run {run} has not decided anything yet.")
+    return 0
+
+
+def replay(
+    target: Annotated[str, typer.Argument(metavar="RUN|FILE", help="A run id, or a workflow history as JSON.")],
+    as_json: options.JsonFlag = False,
+) -> int:
+    """Replay stored workflow history on the present code: clean, or the first divergence by event (exit 4)."""
+    import asyncio
+
+    from esper.commands.actions import replaying
+
+    return replaying.write_reports(asyncio.run(replaying.replay(target)), as_json=as_json)

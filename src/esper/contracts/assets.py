@@ -1,0 +1,109 @@
+"""What Urza keeps: seeds, blueprints, kernels and the references between them."""
+
+from typing import Annotated
+from typing import Literal
+
+from pydantic import Field
+from pydantic import JsonValue
+
+from esper.contracts.base import Contract
+from esper.contracts.base import Digest
+from esper.contracts.base import SiteName
+from esper.contracts.enums import BlueprintState
+from esper.contracts.enums import KernelState
+from esper.contracts.enums import SeedState
+
+Scalar = Annotated[int, Field(strict=True)] | Annotated[float, Field(strict=True)] | str | bool
+Hyperparameters = dict[str, Scalar]
+"""What a blueprint function is called with: names to plain scalars."""
+
+
+class ArtifactRef(Contract):
+    """Where bytes are and what they must be: the digest is the address."""
+
+    digest: Digest
+    size_bytes: Annotated[int, Field(ge=0)]
+
+
+class SiteContract(Contract):
+    """What a kernel must know of its site, and nothing of the model around it.
+
+    `input_shape` and `output_shape` are the shapes of one sample of the layer that is read and of the
+    layer that is added to (without the batch dimension); `attributes` are the geometry of the host
+    layer, such as the kernel size, stride and padding of a convolution.
+    """
+
+    site: SiteName
+    output_site: SiteName
+    kind: str
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    dtype: str
+    attributes: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+class Seed(Contract):
+    """One slot beside one layer. `generation` rises whenever the slot is freed, so that a late kernel is stale."""
+
+    site: SiteName
+    index: Annotated[int, Field(ge=0)]
+    generation: Annotated[int, Field(ge=0)] = 0
+    state: SeedState = SeedState.DORMANT
+    blueprint: str | None = None
+    kernel: Digest | None = None
+    adaptation_id: str | None = None
+    parameters: Annotated[int, Field(ge=0)] = 0
+    born_step: Annotated[int, Field(ge=0)] | None = None
+
+
+class Blueprint(Contract):
+    """A recipe for kernels: a registered function of a site contract and hyperparameters that returns IR."""
+
+    name: str
+    version: Annotated[int, Field(ge=1)] = 1
+    description: str
+    formula: str
+    host_kinds: tuple[str, ...]
+    defaults: Hyperparameters
+    capacity_free: bool = False
+    """True for controls: on a trainable full-rank host such a kernel adds nothing."""
+    state: BlueprintState = BlueprintState.VALIDATED
+
+
+class Certificate(Contract):
+    """The birth certificate of a kernel: measured facts, and the checks they passed or failed.
+
+    Differences are maximum absolute values; `drift` is relative to the root mean square of the host's
+    output; latencies are medians in microseconds on the forge and are never an input to a decision.
+    """
+
+    kernel: Digest
+    passed: bool
+    failures: tuple[str, ...] = ()
+    birth_difference: Annotated[float, Field(ge=0)]
+    first_step_drift: Annotated[float, Field(ge=0)]
+    parameters_with_gradient: Annotated[int, Field(ge=0)]
+    parameters_total: Annotated[int, Field(ge=0)]
+    parameter_count: Annotated[int, Field(ge=0)]
+    flops_per_sample: Annotated[int, Field(ge=0)]
+    host_flops_per_sample: Annotated[int, Field(ge=0)]
+    forward_us: Annotated[float, Field(ge=0)]
+    host_forward_us: Annotated[float, Field(ge=0)]
+    compiled: Literal["parity", "unavailable", "off"]
+    compiled_difference: Annotated[float, Field(ge=0)] | None = None
+    torch_version: str
+    forge: str
+
+
+class Kernel(Contract):
+    """A built kernel: its digest is the sha256 of its manifest, which binds the weights."""
+
+    digest: Digest
+    blueprint: str
+    hyperparameters: Hyperparameters
+    site: SiteContract
+    manifest: ArtifactRef
+    weights: ArtifactRef
+    certificate: ArtifactRef | None = None
+    parameter_count: Annotated[int, Field(ge=0)]
+    state: KernelState = KernelState.BUILT

@@ -1,0 +1,362 @@
+"""Growing, removing and keeping: what changes a wrapped model and its optimizer, at a step boundary.
+
+Each verb plans, checks and then applies, so that a refusal leaves model and optimizer as they were. Codes of
+`GrowthError`:
+
+    ESP-431 seed index, slot taken or none free     ESP-436 the function would not be preserved
+    ESP-432 the site has not been called yet        ESP-437 not possible in this state of the seed
+    ESP-433 the optimizer cannot take it            ESP-438 cannot be unwrapped, saved or cached
+    ESP-434 the kernel does not fit the site        ESP-439 the two layers of a pair were called apart
+    ESP-435 weights that are not finite
+"""
+
+import hashlib
+from dataclasses import dataclass
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from esper.contracts.assets import Certificate
+from esper.contracts.assets import Scalar
+from esper.contracts.assets import Seed
+from esper.contracts.config import TezzeretConfig
+from esper.contracts.enums import SeedState
+from esper.errors import GrowthError
+from esper.errors import NotFoundError
+from esper.runtime.kasmina.bank import Slot
+from esper.runtime.kasmina.bank import kernel_parts
+from esper.runtime.kasmina.cache import kernel_cache
+from esper.runtime.kasmina.fitting import fitting_target
+from esper.runtime.kasmina.fitting import measured_birth
+from esper.runtime.kasmina.fitting import site_contract
+from esper.runtime.kasmina.fold import Fold
+from esper.runtime.kasmina.fold import plan_fold
+from esper.runtime.kasmina.hosts import host_weight
+from esper.runtime.kasmina.layer import state_of
+from esper.runtime.kasmina.lifecycle import LIVE
+from esper.runtime.kasmina.morphable import model_state
+from esper.runtime.kasmina.morphable import settle
+from esper.runtime.kasmina.morphable import site_named
+from esper.runtime.kasmina.morphable import sites_of
+from esper.runtime.kasmina.optimizer import leave
+from esper.runtime.kasmina.optimizer import plan_join
+from esper.runtime.kasmina.slots import free_slot
+from esper.runtime.kasmina.slots import moved
+from esper.runtime.kasmina.slots import plant
+from esper.runtime.kasmina.slots import reset
+from esper.runtime.kasmina.slots import slot_of
+from esper.runtime.kasmina.slots import uproot
+from esper.runtime.tezzeret.artifact import KernelFiles
+from esper.runtime.tezzeret.artifact import manifest_bytes
+from esper.runtime.tezzeret.blueprints import get_blueprint
+from esper.runtime.tezzeret.blueprints import resolve_hyperparameters
+from esper.runtime.tezzeret.build import KernelModule
+from esper.runtime.tezzeret.build import build_kernel
+from esper.runtime.tezzeret.build import load_kernel
+from esper.runtime.tezzeret.certify import certify
+
+
+@dataclass(frozen=True)
+class Graft:
+    """One graft that was made. `birth_difference` is the largest absolute change of the output, measured."""
+
+    site: str
+    output_site: str
+    seed: int
+    generation: int
+    blueprint: str
+    kernel: str
+    hyperparameters: dict[str, Scalar]
+    parameters: int
+    parameter_names: tuple[str, ...]
+    birth_difference: float
+    alpha: float = 1.0
+    certificate: Certificate | None = None
+
+
+def graft(
+    model: nn.Module,
+    site: str,
+    blueprint: str,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    seed: int | None = None,
+    kernel: KernelFiles | KernelModule | str | None = None,
+    **hyperparameters: Scalar,
+) -> Graft:
+    """Build, certify (in this process) and graft one kernel now, at a step boundary.
+
+    `seed` is the slot (default: the first that is free). The new parameters join the host parameter's own group of
+    `optimizer`; in `state_dict()` they are `<site>.kasmina.<slot>.<tensor>`. First weights are drawn from a seed
+    made of site, slot and generation, and no random generator of the process is touched. `kernel` grafts a stored
+    kernel in place of a new one: its files, a loaded one, or the digest of one in this process's kernel cache. A
+    stored kernel whose output is not zero begins at alpha 0.
+
+    Raises SiteError ESP-314 (unknown site), BlueprintError ESP-421..423 (unknown blueprint or hyperparameter),
+    GrowthError ESP-431..437, NotFoundError ESP-430 (no such kernel), IntegrityError ESP-401..405 (damaged files).
+    """
+    module = site_named(model, site)
+    state = state_of(module)
+    get_blueprint(blueprint)
+    slot = free_slot(state, seed)
+    if kernel is not None:
+        if hyperparameters:
+            raise GrowthError("ESP-434", "a stored kernel has its hyperparameters", hint="leave them out")
+        loaded = _stored(kernel)
+        if loaded.manifest.blueprint != blueprint:
+            raise GrowthError("ESP-434", f"the stored kernel is a '{loaded.manifest.blueprint}', not a '{blueprint}'")
+        return attach(model, site, loaded, optimizer=optimizer, seed=slot.seed.index, alpha=_birth_alpha(loaded))
+    contract = site_contract(model, site, blueprint)
+    if contract.output_site != contract.site:
+        own = contract.attributes["pair_activation"]
+        chosen = hyperparameters.setdefault("activation", str(own))
+        if chosen != own:
+            raise GrowthError("ESP-434", f"the pair that begins at '{site}' has {own} between its layers, not {chosen}")
+    resolve_hyperparameters(blueprint, contract, hyperparameters)
+    files = build_kernel(
+        blueprint,
+        contract,
+        hyperparameters,
+        seed=_weights_seed(slot.seed),
+        samples=None,
+        max_parameters=TezzeretConfig().max_parameters,
+    )
+    certificate = certify(files, samples=None)
+    if not certificate.passed:
+        raise GrowthError(
+            "ESP-436", f"the kernel for '{site}' failed its certificate: {'; '.join(certificate.failures)}"
+        )
+    made = attach(model, site, load_kernel(files, files.digest), optimizer=optimizer, seed=slot.seed.index)
+    return replace(made, certificate=certificate)
+
+
+def attach(
+    model: nn.Module,
+    site: str,
+    kernel: KernelModule,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    seed: int | None = None,
+    adaptation_id: str | None = None,
+    step: int | None = None,
+    alpha: float = 1.0,
+) -> Graft:
+    """Insert a kernel that is already built and certified, as a seed in TRAINING. It becomes the model's own.
+
+    Measured before anything is changed: shapes, finite weights, and that the output stays what it is (unless
+    `alpha` is 0). Raises SiteError ESP-314, GrowthError ESP-431..437.
+    """
+    module = site_named(model, site)
+    state = state_of(module)
+    slot = free_slot(state, seed)
+    index = slot.seed.index
+    _check_alpha(alpha)
+    target = fitting_target(model, module, kernel)
+    broken = [name for name, tensor in kernel.state_dict().items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise GrowthError("ESP-435", f"the kernel for '{site}' has weights that are not finite: {', '.join(broken)}")
+    device = host_weight(module).device
+    difference = measured_birth(kernel, state, state_of(target))
+    if alpha != 0.0 and difference != 0.0:
+        raise GrowthError(
+            "ESP-436",
+            f"the kernel for '{site}' would change the output by up to {difference:.3g} at its birth",
+            hint="attach it with alpha=0 and raise alpha slowly",
+        )
+    names = [name for name, _ in kernel.named_parameters()]
+    full = tuple(f"{state.name}.kasmina.{index}.{name}" for name in names)
+    # Parameters stay the objects they are: `.to` of a module moves them in place.
+    kernel.to(device)
+    newborn = list(zip(full, kernel.parameters(), strict=True))
+    join = None
+    if optimizer is not None:
+        host = [(f"{state.name}.{name}", p) for name, p in module.named_parameters() if not name.startswith("kasmina.")]
+        join = plan_join(optimizer, host, newborn)
+    record = slot.seed
+    if record.state is SeedState.DORMANT:
+        record = moved(record, SeedState.GERMINATED)
+    record = moved(record, SeedState.TRAINING).model_copy(
+        update={
+            "blueprint": kernel.manifest.blueprint,
+            "kernel": kernel.digest,
+            "adaptation_id": adaptation_id,
+            "parameters": sum(p.numel() for p in kernel.parameters()),
+            "born_step": step,
+        }
+    )
+    kernel.train(module.training)
+    plant(module, slot, kernel, manifest=manifest_bytes(kernel.manifest).decode(), record=record, alpha=alpha)
+    slot.newborn = difference == 0.0
+    slot.joined = join is not None
+    if join is not None:
+        join.apply()
+    model_state(model).generation += 1
+    settle(model)
+    return Graft(
+        site=state.name,
+        output_site=state_of(target).name,
+        seed=index,
+        generation=record.generation,
+        blueprint=kernel.manifest.blueprint,
+        kernel=kernel.digest,
+        hyperparameters=dict(kernel.manifest.hyperparameters),
+        parameters=record.parameters,
+        parameter_names=full,
+        birth_difference=0.0 if alpha == 0.0 else difference,
+        alpha=alpha,
+    )
+
+
+def cull(
+    model: nn.Module,
+    site: str,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    seed: int | None = None,
+) -> None:
+    """Remove what is grown at a site, at once: from then on exactly the host's own function, to the bit.
+
+    Without `seed` every block of the site goes. Nothing of them stays in `optimizer`. The slots are free again,
+    one generation later. Raises SiteError ESP-314, GrowthError ESP-431 (no such seed), ESP-437 (nothing to remove,
+    or already part of the host).
+    """
+    module = site_named(model, site)
+    state = state_of(module)
+    slots = [slot for slot in state.slots if slot.kernel is not None]
+    if seed is not None:
+        slots = [slot_of(state, seed)]
+    folded = next((slot for slot in state.slots if slot.folded and (seed is None or slot in slots)), None)
+    if folded is not None and all(slot.kernel is None for slot in slots):
+        raise GrowthError(
+            "ESP-437", f"seed {folded.seed.index} of '{site}' is folded into the host's weights: it cannot be removed"
+        )
+    if not slots or any(slot.kernel is None for slot in slots):
+        raise GrowthError("ESP-437", f"nothing that could be removed is grown at '{site}'")
+    for slot in slots:
+        parameters = uproot(module, slot)
+        if optimizer is not None:
+            leave(optimizer, parameters)
+        reset(slot)
+    model_state(model).generation += 1
+    settle(model)
+
+
+def fossilize(
+    model: nn.Module,
+    site: str | None = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    seed: int | None = None,
+    fold: bool = True,
+) -> tuple[Seed, ...]:
+    """Keep what is grown at a site (or everywhere) for good, and return the records of those seeds.
+
+    Folded into the host's weights where the algebra allows, else kept as the plain module it is; with `fold=False`
+    only marked. Folding `widen` makes the host's own parameters longer, in place; give the `optimizer` that trains
+    them, so that its state grows with them. Raises SiteError ESP-314, GrowthError ESP-431, ESP-437.
+    """
+    chosen = _live_slots(model, site, seed)
+    if site is not None and not chosen:
+        raise GrowthError("ESP-437", f"nothing is on probation at '{site}'")
+    kept = []
+    for module, slot in chosen:
+        record = slot.seed
+        for following in (SeedState.GRAFTING, SeedState.FOSSILIZED):
+            if record.state is not following:
+                record = moved(record, following)
+        kept.append((module, slot, record))
+    if fold and optimizer is None:
+        for module, slot, _ in kept:
+            plan = plan_fold(model, module, slot, None)
+            if slot.joined and isinstance(plan, Fold) and plan.replaces:
+                raise GrowthError(
+                    "ESP-433",
+                    f"folding seed {slot.seed.index} of '{slot.seed.site}' lengthens parameters of the optimizer",
+                    hint="give it with optimizer=, or fold=False",
+                )
+    for _, slot, record in kept:
+        slot.seed = record
+    if fold:
+        fold_all(model, [(module, slot) for module, slot, _ in kept], optimizer)
+    model_state(model).generation += 1
+    settle(model)
+    return tuple(slot.seed for _, slot, _ in kept)
+
+
+def fold_all(model: nn.Module, slots: list[tuple[nn.Module, Slot]], optimizer: torch.optim.Optimizer | None) -> None:
+    """Fold each of these blocks that can be, the last layers first: a pair folds once nothing else needs its width."""
+    across = [(m, s) for m, s in slots if s.output_site not in (None, state_of(m).name)]
+    within = [(m, s) for m, s in slots if s.output_site in (None, state_of(m).name)]
+    for module, slot in [*within, *reversed(across)]:
+        if slot.kernel is None:
+            continue
+        plan = plan_fold(model, module, slot, optimizer)
+        if not isinstance(plan, Fold):
+            continue
+        parameters = uproot(module, slot)
+        plan.apply(optimizer)
+        if optimizer is not None:
+            leave(optimizer, parameters)
+        slot.folded = True
+        model_state(model).graph = None
+
+
+def set_alpha(model: nn.Module, site: str, seed: int, alpha: float) -> None:
+    """How much of a block counts, 0 to 1. At 0 it is not computed and gets no gradient.
+    Raises GrowthError ESP-431, ESP-437 (nothing grown there, alpha out of range)."""
+    slot = slot_of(state_of(site_named(model, site)), seed)
+    _check_alpha(alpha)
+    if slot.kernel is None:
+        raise GrowthError("ESP-437", f"seed {seed} of '{site}' is {slot.seed.state}: it has no alpha")
+    slot.alpha = float(alpha)
+    settle(model)
+
+
+def set_state(model: nn.Module, site: str, seed: int, state: SeedState) -> Seed:
+    """Move a seed by the lifecycle table and return its record; CULLED to DORMANT frees the slot.
+    Raises GrowthError ESP-437 for a move that is not in the table or that needs `attach` or `cull`."""
+    slot = slot_of(state_of(site_named(model, site)), seed)
+    record = moved(slot.seed, state)
+    if (state is SeedState.TRAINING or state is SeedState.GRAFTING) and slot.kernel is None:
+        raise GrowthError("ESP-437", f"seed {seed} of '{site}' has no kernel that could be {state}", hint="attach one")
+    if state is SeedState.CULLED and slot.kernel is not None:
+        raise GrowthError("ESP-437", f"seed {seed} of '{site}' has a kernel in the model", hint="use cull")
+    slot.seed = record
+    if state is SeedState.DORMANT:
+        slot.seed = Seed(site=record.site, index=record.index, generation=record.generation + 1)
+    return slot.seed
+
+
+def _live_slots(model: nn.Module, site: str | None, seed: int | None) -> list[tuple[nn.Module, Slot]]:
+    modules = sites_of(model).values() if site is None else [site_named(model, site)]
+    if seed is not None and site is not None:
+        slot = slot_of(state_of(site_named(model, site)), seed)
+        return [(module, slot) for module in modules if slot.kernel is not None and slot.seed.state in LIVE]
+    return [(m, s) for m in modules for s in state_of(m).slots if s.kernel is not None and s.seed.state in LIVE]
+
+
+def _stored(kernel: KernelFiles | KernelModule | str) -> KernelModule:
+    if isinstance(kernel, KernelModule):
+        return kernel
+    if isinstance(kernel, KernelFiles):
+        return load_kernel(kernel, kernel.digest)
+    held = kernel_cache().get(kernel)
+    if held is None:
+        raise NotFoundError("ESP-430", f"no kernel {kernel[:19]} is in this process's cache", hint="give its files")
+    return held
+
+
+def _birth_alpha(kernel: KernelModule) -> float:
+    parts = kernel_parts(kernel)
+    return 1.0 if parts is None or not bool(parts.up.weight.detach().any()) else 0.0
+
+
+def _check_alpha(alpha: float) -> None:
+    if not 0.0 <= alpha <= 1.0:
+        raise GrowthError("ESP-437", f"alpha is {alpha!r}, must be from 0 to 1")
+
+
+def _weights_seed(seed: Seed) -> int:
+    name = f"{seed.site}/{seed.index}/{seed.generation}".encode()
+    return int.from_bytes(hashlib.sha256(name).digest()[:4], "big")

@@ -1,0 +1,105 @@
+"""Every timeout, retry policy and concurrency limit of Esper's Temporal work, in one table.
+
+`schedule_to_start` is never retried by the server: on a pinned queue it is how a dead process is noticed
+when nothing runs there. Training activities have one attempt: a second one would wait on the same dead
+queue, so the retry is the workflow's, with a new lease.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from temporalio.common import RetryPolicy
+from temporalio.workflow import ActivityCancellationType
+
+HEARTBEAT = timedelta(seconds=10)
+"""The longest silence of a live trainer. Ten seconds, so that a server that was away for a moment does not
+cost a lease twice (heartbeat and sticky queue)."""
+
+HEARTBEAT_THROTTLE = timedelta(seconds=2)
+"""How often heartbeats really travel; also the latency with which a cancellation reaches an activity."""
+
+GRACEFUL_SHUTDOWN = timedelta(seconds=20)
+"""What an activity gets to finish its step and commit after SIGTERM."""
+
+OLD_QUEUE_PATIENCE = timedelta(seconds=3)
+"""How long the former trainer of a run is asked first after a time-out, before another one is claimed."""
+
+LOST_TRAINER_LIMIT = 8
+"""Lease losses in a row without one finished epoch between them after which a run is failed."""
+
+TRAINER_SLOTS = 12
+"""Activities beside each other in a trainer: two epochs, deliveries, a judge, a checkpoint, a claim."""
+
+_ONCE = RetryPolicy(maximum_attempts=1)
+_PATIENT = RetryPolicy(
+    initial_interval=timedelta(milliseconds=200),
+    backoff_coefficient=2.0,
+    maximum_interval=timedelta(seconds=10),
+)
+_BOUNDED = RetryPolicy(
+    initial_interval=timedelta(milliseconds=200),
+    backoff_coefficient=2.0,
+    maximum_interval=timedelta(seconds=5),
+    maximum_attempts=4,
+)
+
+
+@dataclass(frozen=True)
+class ActivityOptions:
+    """How one activity is run. `None` leaves a limit away."""
+
+    start_to_close: timedelta
+    retry: RetryPolicy
+    heartbeat: timedelta | None = None
+    schedule_to_start: timedelta | None = None
+    schedule_to_close: timedelta | None = None
+    cancellation: ActivityCancellationType = ActivityCancellationType.TRY_CANCEL
+
+    def keywords(self) -> dict[str, Any]:
+        """For `workflow.execute_activity(..., **options.keywords())`."""
+        return {
+            "start_to_close_timeout": self.start_to_close,
+            "retry_policy": self.retry,
+            "heartbeat_timeout": self.heartbeat,
+            "schedule_to_start_timeout": self.schedule_to_start,
+            "schedule_to_close_timeout": self.schedule_to_close,
+            "cancellation_type": self.cancellation,
+        }
+
+
+def _pinned(start_to_close: timedelta, *, heartbeat: timedelta | None = HEARTBEAT) -> ActivityOptions:
+    return ActivityOptions(
+        start_to_close=start_to_close,
+        retry=_ONCE,
+        heartbeat=heartbeat,
+        schedule_to_start=timedelta(seconds=20),
+        # Two writers on one model are worse than a slow cancellation.
+        cancellation=ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
+    )
+
+
+OPTIONS: dict[str, ActivityOptions] = {
+    "claim_trainer": ActivityOptions(start_to_close=timedelta(seconds=20), retry=_PATIENT),
+    "reclaim_trainer": ActivityOptions(
+        start_to_close=timedelta(seconds=20), retry=_ONCE, schedule_to_start=OLD_QUEUE_PATIENCE
+    ),
+    "load_run": _pinned(timedelta(hours=6)),
+    "train_epoch": _pinned(timedelta(days=7)),
+    "install_kernel": _pinned(timedelta(minutes=30)),
+    "abandon_kernel": _pinned(timedelta(minutes=5)),
+    "judge_seed": _pinned(timedelta(days=7)),
+    "remove_seed": _pinned(timedelta(minutes=5)),
+    "checkpoint": _pinned(timedelta(hours=1)),
+    "release_trainer": _pinned(timedelta(hours=6)),
+    "score_sites": ActivityOptions(
+        start_to_close=timedelta(seconds=60), retry=_BOUNDED, schedule_to_close=timedelta(minutes=5)
+    ),
+    "build_kernel": ActivityOptions(start_to_close=timedelta(minutes=30), retry=_BOUNDED),
+    "certify_kernel": ActivityOptions(start_to_close=timedelta(minutes=30), retry=_BOUNDED),
+    "publish_kernel": ActivityOptions(start_to_close=timedelta(minutes=5), retry=_BOUNDED),
+    "record_run": ActivityOptions(start_to_close=timedelta(seconds=60), retry=_PATIENT),
+    "record_decision": ActivityOptions(start_to_close=timedelta(seconds=60), retry=_PATIENT),
+    "record_adaptation": ActivityOptions(start_to_close=timedelta(seconds=60), retry=_PATIENT),
+    "record_outcome": ActivityOptions(start_to_close=timedelta(seconds=60), retry=_PATIENT),
+}

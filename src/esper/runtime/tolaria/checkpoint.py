@@ -1,0 +1,269 @@
+"""Checkpoints: everything that training needs to go on bit for bit, as one JSON manifest and three tensor files.
+
+`snapshot` copies in line, between two steps; `write` turns the copy into bytes, on any thread; `restore` reads it
+back and `resume` puts it into a new model. Nothing is ever unpickled, and equal states give equal bytes. Codes of
+`IntegrityError`: ESP-407 truncated or not a checkpoint, ESP-408 from a newer Esper, ESP-409 of another architecture.
+"""
+
+import json
+from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from pydantic import JsonValue
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+from torch import nn
+
+from esper.contracts.assets import ArtifactRef
+from esper.contracts.base import Contract
+from esper.contracts.config import EsperConfig
+from esper.errors import IntegrityError
+from esper.errors import RunConflict
+from esper.runtime.kasmina.manifest import GrowthManifest
+from esper.runtime.kasmina.manifest import growth_manifest
+from esper.runtime.kasmina.manifest import rebuild
+from esper.runtime.tezzeret.ir import canonical_json
+from esper.runtime.tolaria.optimizer_state import GroupRecord
+from esper.runtime.tolaria.optimizer_state import OptimizerState
+from esper.runtime.tolaria.optimizer_state import capture_optimizer
+from esper.runtime.tolaria.optimizer_state import restore_optimizer
+from esper.runtime.tolaria.randomness import RandomState
+from esper.runtime.tolaria.randomness import capture_random_state
+from esper.runtime.tolaria.run_state import RunState
+from esper.runtime.tolaria.trainee import Trainee
+
+SCHEMA_VERSION = 1
+
+Put = Callable[[bytes], ArtifactRef]
+Get = Callable[[ArtifactRef], bytes]
+
+
+class CheckpointManifest(Contract):
+    """What the head of a run names by its digest."""
+
+    schema_version: int = SCHEMA_VERSION
+    torch_version: str
+    device: str
+    threads: int
+    fingerprint: dict[str, JsonValue]
+    """The part of the configuration that decides over bits."""
+    step: int
+    epoch: int
+    """Epochs completed."""
+    model: ArtifactRef
+    optimizer: ArtifactRef
+    random: ArtifactRef
+    optimizer_kind: str
+    groups: tuple[GroupRecord, ...]
+    optimizer_scalars: dict[str, JsonValue]
+    random_scalars: dict[str, JsonValue]
+    growth: GrowthManifest
+    state: RunState
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run between two steps, copied: nothing in it changes when training goes on."""
+
+    step: int
+    epoch: int
+    device: str
+    threads: int
+    config: EsperConfig
+    model: dict[str, Tensor]
+    optimizer: OptimizerState
+    random: RandomState
+    growth: GrowthManifest
+    state: RunState
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint read back: its manifest and its tensors."""
+
+    manifest: CheckpointManifest
+    model: dict[str, Tensor]
+    optimizer: OptimizerState
+    random: RandomState
+
+
+def fingerprint(config: EsperConfig) -> dict[str, JsonValue]:
+    """Every setting that decides over the bits of a run; a resume with others is a conflict."""
+    document = config.model_dump(mode="json")
+    sections = ("task", "optimizer", "training", "delivery")
+    keys: dict[str, JsonValue] = {f"{name}.{key}": document[name][key] for name in sections for key in document[name]}
+    keys |= {f"run.{key}": document["run"][key] for key in ("seed", "max_epochs")}
+    keys |= {f"kasmina.{key}": document["kasmina"][key] for key in ("target_layers", "exclude", "seeds_per_layer")}
+    keys |= {f"tamiyo.{key}": document["tamiyo"][key] for key in ("hold_epochs", "hold_steps", "keep_margin")}
+    for harmless in ("task.path", "training.checkpoint_every"):
+        keys.pop(harmless)
+    return keys
+
+
+def snapshot(trainee: Trainee, state: RunState) -> Snapshot:
+    """A private copy of everything, on the CPU."""
+    plan = trainee.plan
+    totals = {"loss_sum": float(trainee.loss_sum), "loss_rows": trainee.loss_rows}
+    return Snapshot(
+        step=trainee.step,
+        epoch=trainee.completed,
+        device=str(plan.device),
+        threads=plan.threads,
+        config=plan.config,
+        model={name: tensor.detach().clone().cpu() for name, tensor in _tensors(trainee.model).items()},
+        optimizer=capture_optimizer(trainee.optimizer, trainee.model),
+        random=capture_random_state(),
+        growth=growth_manifest(trainee.model),
+        state=state.model_copy(update=totals),
+    )
+
+
+def write(taken: Snapshot, put: Put) -> ArtifactRef:
+    """Store a snapshot: tensors first, then the manifest that names them, whose reference is returned."""
+    numbers = taken.random
+    manifest = CheckpointManifest(
+        torch_version=str(torch.__version__),
+        device=taken.device,
+        threads=taken.threads,
+        fingerprint=fingerprint(taken.config),
+        step=taken.step,
+        epoch=taken.epoch,
+        model=put(_pack(taken.model)),
+        optimizer=put(_pack(taken.optimizer.tensors)),
+        random=put(_pack(numbers.tensors)),
+        optimizer_kind=taken.optimizer.kind,
+        groups=taken.optimizer.groups,
+        optimizer_scalars=taken.optimizer.scalars,
+        random_scalars={
+            "python_version": numbers.python_version,
+            "python_gauss": numbers.python_gauss,
+            "numpy_position": numbers.numpy_position,
+            "numpy_has_gauss": numbers.numpy_has_gauss,
+            "numpy_gauss": numbers.numpy_gauss,
+        },
+        growth=taken.growth,
+        state=taken.state,
+    )
+    return put(canonical_json(manifest.model_dump(mode="json")))
+
+
+def restore(manifest: ArtifactRef, get: Get) -> Restored:
+    """Read a checkpoint back. Raises `IntegrityError` (ESP-407, ESP-408, and what `get` raises for damaged bytes)."""
+    document = _manifest(get(manifest))
+    return Restored(
+        manifest=document,
+        model=_unpack(get(document.model), "model"),
+        optimizer=OptimizerState(
+            document.optimizer_kind,
+            document.groups,
+            _unpack(get(document.optimizer), "optimizer"),
+            document.optimizer_scalars,
+        ),
+        random=_random(document, _unpack(get(document.random), "random")),
+    )
+
+
+def require_same_recipe(manifest: CheckpointManifest, config: EsperConfig, run_id: str) -> None:
+    """Raises `RunConflict` (ESP-502) with the settings that differ from those the checkpoint was made with."""
+    wanted = fingerprint(config)
+    differing = [
+        f"{key} was {json.dumps(manifest.fingerprint.get(key))}, is {json.dumps(wanted.get(key))}"
+        for key in sorted(wanted.keys() | manifest.fingerprint.keys())
+        if wanted.get(key) != manifest.fingerprint.get(key)
+    ]
+    if differing:
+        raise RunConflict(
+            "ESP-502",
+            f"run {run_id} cannot go on with another recipe: {'; '.join(differing)}",
+            hint="Resume with the configuration it began with, or start another run",
+            run_id=run_id,
+        )
+
+
+def resume(trainee: Trainee, restored: Restored) -> RunState:
+    """Put a checkpoint into a trainee that stands where a new run begins, and return the run's state.
+
+    The global generators are not touched: the caller restores `restored.random` when training goes on. Raises
+    `IntegrityError` (ESP-409) when the model or the optimizer is not the one that the checkpoint was made with.
+    """
+    manifest = restored.manifest
+    rebuild(trainee.model, manifest.growth)
+    _load(trainee.model, restored.model)
+    restore_optimizer(trainee.optimizer, trainee.model, restored.optimizer)
+    trainee.step = manifest.step
+    trainee.completed = manifest.epoch
+    trainee.loss_sum.fill_(manifest.state.loss_sum)
+    trainee.loss_rows = manifest.state.loss_rows
+    return manifest.state
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and all buffers, also those that no `state_dict` has: they too are part of what is computed."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _load(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
+    tensors = _tensors(model)
+    if tensors.keys() != stored.keys():
+        odd = sorted(tensors.keys() ^ stored.keys())[0]
+        raise _other(f"{odd!r} is in the {'model' if odd in tensors else 'checkpoint'} only")
+    for name, tensor in tensors.items():
+        if tensor.shape != stored[name].shape or tensor.dtype != stored[name].dtype:
+            found, kept = (f"{item.dtype} {tuple(item.shape)}" for item in (tensor, stored[name]))
+            raise _other(f"{name!r} is {found}, the checkpoint has {kept}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(stored[name])
+
+
+def _manifest(data: bytes) -> CheckpointManifest:
+    try:
+        document: Any = json.loads(data)
+        version = document["schema_version"] if isinstance(document, dict) else None
+    except (ValueError, KeyError) as error:
+        raise _damaged(f"its manifest of {len(data)} bytes is not JSON: {error}") from error
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise IntegrityError(
+            "ESP-408",
+            f"the checkpoint has format {version}, this Esper reads up to {SCHEMA_VERSION}",
+            hint="Resume with the version of Esper that wrote it",
+        )
+    try:
+        return CheckpointManifest.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise _damaged(f"its manifest is wrong at {place}: {first['msg']}") from error
+
+
+def _random(manifest: CheckpointManifest, tensors: dict[str, Tensor]) -> RandomState:
+    try:
+        return RandomState(tensors=tensors, **manifest.random_scalars)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise _damaged(f"its random states are incomplete: {error}") from error
+
+
+def _pack(tensors: Mapping[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: tensors[name].contiguous() for name in sorted(tensors)})
+
+
+def _unpack(data: bytes, what: str) -> dict[str, Tensor]:
+    try:
+        return {name: tensor.clone() for name, tensor in safetensors.torch.load(data).items()}
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise _damaged(f"its {what} file of {len(data)} bytes is not safetensors: {error}") from error
+
+
+def _damaged(why: str) -> IntegrityError:
+    return IntegrityError("ESP-407", f"the checkpoint is damaged: {why}", hint="An older head of the run may be whole")
+
+
+def _other(why: str) -> IntegrityError:
+    return IntegrityError(
+        "ESP-409", f"the checkpoint is of another architecture: {why}", hint="Resume with the task it was made with"
+    )

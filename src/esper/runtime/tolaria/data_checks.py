@@ -1,0 +1,206 @@
+"""Data that cannot be trained on is named before a run begins, by its first offending row."""
+
+import math
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import nn
+from torch.utils.data import Dataset
+from torch.utils.data import TensorDataset
+
+from esper.errors import DatasetError
+from esper.errors import TargetError
+from esper.runtime.kasmina.undisturbed import undisturbed
+from esper.runtime.tolaria.sampler import Batches
+from esper.runtime.tolaria.tasks import Task
+
+SAMPLED_ROWS = 1024
+"""How many rows of a dataset that is not a `TensorDataset` are looked at, evenly spread and with the last."""
+
+LARGEST_LABEL_SET = 4096
+"""More distinct values than this in an integer tensor are taken for something else than class labels."""
+
+IGNORED_LABEL = -100
+"""What `torch.nn.functional.cross_entropy` leaves out by default."""
+
+
+def check_task(task: Task, batch_size: int) -> None:
+    """Look at the data, and run one batch forward and backward, on the CPU and before any side effect.
+
+    The model's weights, buffers and the global generators are left as they were. Raises `DatasetError`: ESP-340
+    empty, ESP-341 too few rows, ESP-342 label out of range, ESP-343 NaN or infinity, ESP-344 batch larger than the
+    data, ESP-345 rows of different shape; `TargetError` (ESP-312, 313) when the loss or a row cannot be had.
+    """
+    splits = {"train": task.train, "validation": task.validation} | ({"test": task.test} if task.test else {})
+    for name, dataset in splits.items():
+        _check_size(name, dataset)
+    rows = len(task.train)  # type: ignore[arg-type]
+    if batch_size > rows:
+        raise DatasetError(
+            "ESP-344",
+            f"training.batch_size is {batch_size}, but train has {rows} rows",
+            hint=f"Give at most {rows}",
+        )
+    for name, dataset in splits.items():
+        _check_rows(name, dataset)
+    with undisturbed(task.model):
+        for name, dataset in splits.items():
+            _check_labels(name, dataset, task)
+        _check_loss(task, batch_size)
+
+
+def _check_size(name: str, dataset: Dataset[Any]) -> None:
+    rows = len(dataset)  # type: ignore[arg-type]
+    if rows == 0:
+        raise DatasetError("ESP-340", f"{name} is empty", hint="Give a dataset with rows")
+    if rows == 1 and name != "test":
+        why = "half of it is shown and half of it judges" if name == "validation" else "there is nothing to learn from"
+        raise DatasetError("ESP-341", f"{name} has a single row: {why}", hint="Give at least 2 rows")
+
+
+def _check_rows(name: str, dataset: Dataset[Any]) -> None:
+    if type(dataset) is TensorDataset:
+        for position, tensor in enumerate(dataset.tensors):
+            _check_finite(name, _first_bad_row(tensor), f"item {position}")
+        return
+    first: tuple[Any, ...] | None = None
+    for index in _spread(len(dataset)):  # type: ignore[arg-type]
+        row = _row(name, dataset, index)
+        tensors = list(_tensors(row))
+        for position, tensor in enumerate(tensors):
+            if _first_bad_row(tensor.reshape(1, -1)) is not None:
+                _check_finite(name, index, f"item {position}")
+        shape = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
+        if first is None:
+            first = shape
+        elif shape != first:
+            raise DatasetError(
+                "ESP-345",
+                f"{name} row {index} has shapes {_shapes(shape)}, row 0 has {_shapes(first)}",
+                hint="Give all rows one shape, or a collate function of the task that makes one batch of them",
+            )
+
+
+def _check_finite(name: str, index: int | None, where: str) -> None:
+    if index is not None:
+        raise DatasetError("ESP-343", f"{name} row {index}: {where} holds NaN or infinity", hint="Clean the data")
+
+
+def _first_bad_row(tensor: Tensor) -> int | None:
+    if not tensor.is_floating_point() or bool(tensor.isfinite().all()):
+        return None
+    bad = ~tensor.reshape(len(tensor), -1).isfinite().all(dim=1)
+    return int(bad.nonzero()[0])
+
+
+def _check_labels(name: str, dataset: Dataset[Any], task: Task) -> None:
+    """Run the loss on one row of each label: an index outside the model's classes raises there."""
+    if type(dataset) is not TensorDataset or task.collate is not None:
+        return
+    for tensor in dataset.tensors:
+        if tensor.dtype is not torch.int64 or tensor.dim() != 1:
+            continue
+        values, places = _first_of_each(tensor)
+        if len(values) > LARGEST_LABEL_SET:
+            continue
+        negative = [place for value, place in zip(values, places, strict=True) if value < 0 and value != IGNORED_LABEL]
+        if negative:
+            place = min(negative)
+            raise DatasetError("ESP-342", f"{name} row {place}: label {int(tensor[place])} is negative")
+        _try_labels(name, dataset, task, tensor, sorted(places))
+
+
+def _first_of_each(labels: Tensor) -> tuple[list[int], list[int]]:
+    values, inverse = torch.unique(labels, return_inverse=True)
+    places = torch.full((len(values),), len(labels), dtype=torch.int64)
+    places.scatter_reduce_(0, inverse, torch.arange(len(labels)), reduce="amin")
+    return values.tolist(), places.tolist()
+
+
+def _try_labels(name: str, dataset: Dataset[Any], task: Task, labels: Tensor, places: Sequence[int]) -> None:
+    batches = Batches(dataset, task.collate, torch.device("cpu"))
+    task.model.eval()
+    with torch.no_grad():
+        try:
+            task.loss(task.model, batches.rows(places))
+        except IndexError as whole:
+            for place in places:
+                try:
+                    task.loss(task.model, batches.rows([place]))
+                except IndexError as error:
+                    raise DatasetError(
+                        "ESP-342",
+                        f"{name} row {place}: label {int(labels[place])} is out of range ({_last_line(error)})",
+                        hint="Count labels from 0 and give the model one output a class",
+                    ) from error
+            raise TargetError("ESP-313", f"task.loss raised on {name}: {_last_line(whole)}") from whole
+        except Exception as error:
+            raise TargetError("ESP-313", f"task.loss raised on {name}: {_last_line(error)}") from error
+
+
+def _check_loss(task: Task, batch_size: int) -> None:
+    batches = Batches(task.train, task.collate, torch.device("cpu"))
+    try:
+        loss = task.loss(task.model, batches.rows(range(batch_size)))
+    except Exception as error:
+        raise TargetError(
+            "ESP-313",
+            f"task.loss raised on the first batch: {_last_line(error)}",
+            hint="It is called as loss(model, batch)",
+        ) from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise TargetError(
+            "ESP-312", f"task.loss returned {found}, not one scalar", hint="Return the mean over the batch"
+        )
+    if not loss.requires_grad:
+        raise TargetError("ESP-312", "task.loss returned a value without a gradient", hint="Do not detach it")
+    if not math.isfinite(loss.item()):
+        raise DatasetError("ESP-343", f"train: the loss of the first batch is {loss.item()}", hint="Scale the inputs")
+    _check_backward(task.model, loss)
+
+
+def _check_backward(model: nn.Module, loss: Tensor) -> None:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    except RuntimeError as error:
+        raise TargetError("ESP-313", f"the loss of the first batch has no backward: {_last_line(error)}") from error
+    if all(gradient is None for gradient in gradients):
+        raise TargetError("ESP-312", "task.loss does not depend on task.model", hint="Compute it from model(...)")
+
+
+def _spread(rows: int) -> list[int]:
+    if rows <= SAMPLED_ROWS:
+        return list(range(rows))
+    return sorted({round(number * (rows - 1) / (SAMPLED_ROWS - 1)) for number in range(SAMPLED_ROWS)})
+
+
+def _row(name: str, dataset: Dataset[Any], index: int) -> Any:
+    try:
+        return dataset[index]
+    except Exception as error:
+        raise TargetError("ESP-313", f"{name}[{index}] raised {_last_line(error)}") from error
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for key in sorted(value):
+            yield from _tensors(value[key])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _shapes(shape: tuple[Any, ...]) -> str:
+    return ", ".join(str(size) for size, _ in shape)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

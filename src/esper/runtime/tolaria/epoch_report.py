@@ -1,0 +1,108 @@
+"""Closing an epoch: everything is measured first, then the state moves at once, then report and head are committed."""
+
+from concurrent.futures import Future
+from time import monotonic
+
+from esper.contracts.assets import ArtifactRef
+from esper.contracts.enums import FactKind
+from esper.contracts.operational import EpochReport
+from esper.contracts.operational import Fact
+from esper.contracts.operational import HeadRef
+from esper.runtime.kasmina.probe import ProbeResult
+from esper.runtime.kasmina.probe import probe
+from esper.runtime.tolaria.epoch_end import measure_epoch
+from esper.runtime.tolaria.epoch_end import watch_early_stop
+from esper.runtime.tolaria.live_run import LiveRun
+from esper.runtime.tolaria.shared_run import Phase
+from esper.runtime.tolaria.shared_run import SharedRun
+from esper.runtime.tolaria.writer import Committed
+
+EARLY_STOP = "early-stop"
+"""Stands where other facts name an adaptation."""
+
+
+def close_epoch(
+    shared: SharedRun, phase: Phase, *, expects_decision: bool, began: float, stall_seconds: float
+) -> Future[Committed]:
+    """Measure the epoch that has just been trained and commit it. Whatever cancels, cancels before anything has moved.
+
+    `began` (monotonic seconds) is when training of the epoch began, `stall_seconds` how long it has waited since.
+    """
+    run = shared.run
+    run.wait_for_writer(lambda commit: shared.stall_for(commit, phase))
+    waited = shared.stall_seconds - stall_seconds
+    metrics = measure_epoch(run.trainee, lambda: phase("validating"))
+    epoch = run.trainee.completed + 1
+    probed = _probe(run, epoch) if expects_decision and _can_grow(run, shared) else None
+    watched = watch_early_stop(run.trainee, run.state, metrics, held=run.state.held is not None)
+    stop = watched.early_stop.stopped_epoch == epoch
+    if stop:
+        fact = shared.record(
+            _stop_fact(run, f"no better {_watched_name(run)} since epoch {watched.early_stop.best_epoch}")
+        )
+    run.state = watched
+    if stop:
+        run.execute(fact)
+    run.count_flops()
+    telemetry = run.telemetry.read(epoch=epoch, step=run.step)
+    state = run.state
+    held = state.held
+    learning_rate = float(run.trainee.optimizer.param_groups[0]["lr"])
+    samples = run.trainee.loss_rows
+    parameters = run.trainee.parameters
+    graph = run.graph()
+    busy = monotonic() - began - waited
+
+    def make_report(head: HeadRef, site_samples: ArtifactRef | None) -> EpochReport:
+        return EpochReport(
+            run_id=run.run_id,
+            epoch=epoch,
+            step=head.step,
+            head=head,
+            metrics=metrics,
+            learning_rate=learning_rate,
+            samples=samples,
+            parameters=parameters,
+            training_flops=state.training_flops,
+            probe_flops=state.probe_flops,
+            busy_seconds=max(0.0, busy),
+            stall_seconds=waited,
+            graph=graph,
+            health=telemetry if probed is None else probed.signals,
+            site_samples=site_samples,
+            held_adaptation=None if held is None else held.fact.adaptation_id,
+            facts=state.executed[state.reported :],
+            stop=stop,
+        )
+
+    run.trainee.end_epoch()
+    run.state = state.model_copy(update={"reported": len(state.executed), "training_flops": 0.0, "probe_flops": 0.0})
+    return run.commit(make_report, None if probed is None else probed.samples)
+
+
+def _probe(run: LiveRun, epoch: int) -> ProbeResult:
+    plan, model = run.trainee.plan, run.trainee.model
+    batch = plan.train.peek(plan.probed)
+    found = probe(model, lambda: plan.loss(model, batch), epoch=epoch, step=run.step)
+    run.count_probe(len(plan.probed) * run.meter.cost(run.trainee).training)
+    return found
+
+
+def _can_grow(run: LiveRun, shared: SharedRun) -> bool:
+    """Whether anything that a decision orders now could still be grafted and judged."""
+    plan = run.trainee.plan
+    if run.state.held is not None or shared.book.pending_graft(run.state) is not None:
+        return False
+    lag = plan.config.delivery.lag_epochs * plan.steps_per_epoch
+    return plan.judge_step(run.step + lag) <= plan.total_steps
+
+
+def _stop_fact(run: LiveRun, reason: str) -> Fact:
+    return Fact(
+        run_id=run.run_id, adaptation_id=EARLY_STOP, kind=FactKind.STOP, apply_step=run.step, seq=0, reason=reason
+    )
+
+
+def _watched_name(run: LiveRun) -> str:
+    config = run.trainee.plan.config.training.early_stop
+    return "metric" if config is None else config.metric

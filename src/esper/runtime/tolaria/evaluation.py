@@ -1,0 +1,69 @@
+"""Measuring a model on data without touching it: reported metrics, and the judge's losses by chunk."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import nn
+
+from esper.runtime.kasmina.undisturbed import undisturbed
+from esper.runtime.tolaria.sampler import Batches
+
+SPLIT_SEED = 20_011
+JUDGE_CHUNK_ROWS = 32
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+MetricsFunction = Callable[[nn.Module, Any], dict[str, Tensor]]
+
+
+def split_validation(rows: int) -> tuple[Tensor, Tensor]:
+    """Row numbers (reported, judge) of the validation data: the halves of one fixed permutation, int64, each sorted.
+
+    The judge's half is neither trained on nor reported, so that a verdict is not taken on what was watched.
+    """
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(SPLIT_SEED))
+    reported = (rows + 1) // 2
+    return order[:reported].sort().values, order[reported:].sort().values
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    rows: Tensor,
+    batch_size: int,
+    loss: LossFunction,
+    metrics: MetricsFunction | None,
+    tick: Callable[[], None],
+) -> tuple[float, dict[str, float]]:
+    """Means over samples of the loss and of the task's metrics, in eval mode and without gradients.
+
+    A metric that gives one value a row is averaged over rows; one that gives a single value counts as the mean of
+    its batch. Sums are kept in float64. `tick` is called before each batch.
+    """
+    total_loss = 0.0
+    sums: dict[str, float] = {}
+    with undisturbed(model), torch.no_grad():
+        model.eval()
+        for chunk in torch.split(rows, batch_size):
+            tick()
+            batch = batches.rows(chunk)
+            total_loss += float(loss(model, batch)) * len(chunk)
+            for name, value in (metrics(model, batch) if metrics is not None else {}).items():
+                values = value.detach().to(torch.float64)
+                sums[name] = sums.get(name, 0.0) + float(values.mean()) * len(chunk)
+    count = len(rows)
+    return total_loss / count, {name: total / count for name, total in sums.items()}
+
+
+def judge_chunks(rows: Tensor) -> tuple[Tensor, ...]:
+    """The judge's rows in chunks of about 32, at least two where there are two rows, as equal as can be."""
+    return rows.tensor_split(max(min(2, len(rows)), round(len(rows) / JUDGE_CHUNK_ROWS)))
+
+
+def chunk_losses(model: nn.Module, batches: Batches, chunks: Sequence[Tensor], loss: LossFunction) -> list[float]:
+    """The mean loss of each chunk, in eval mode and without gradients."""
+    with undisturbed(model), torch.no_grad():
+        model.eval()
+        return [float(loss(model, batches.rows(chunk))) for chunk in chunks]

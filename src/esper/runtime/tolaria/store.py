@@ -1,0 +1,76 @@
+"""What a session needs of the world outside: bytes, heads and facts. Everything here blocks; Urza stands behind it."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from esper.contracts.assets import ArtifactRef
+from esper.contracts.base import Digest
+from esper.contracts.operational import EpochReport
+from esper.contracts.operational import Fact
+from esper.contracts.operational import HeadRef
+from esper.contracts.orders import Lease
+
+
+class SessionStore(Protocol):
+    """The world as one lease sees it. `commit_head` and `insert_fact` raise `LeaseLost` once it is another process's.
+
+    Called from several threads at once: the training thread, the writer, and whoever installs.
+    """
+
+    @property
+    def lease(self) -> Lease: ...
+
+    def put(self, data: bytes) -> ArtifactRef:
+        """Store bytes under their digest; storing them twice is storing them once."""
+        ...
+
+    def get(self, ref: ArtifactRef) -> bytes:
+        """The bytes, verified. Raises `IntegrityError` or `ObjectsUnavailable`."""
+        ...
+
+    def commit_head(
+        self, head: HeadRef, manifest: ArtifactRef, parent: Digest | None, report: EpochReport | None
+    ) -> HeadRef:
+        """Move the run's head from `parent` to `head`, together with the report of the epoch that ends there."""
+        ...
+
+    def insert_fact(self, fact: Fact) -> Fact:
+        """The fact that now rules: this one with its `seq`, or the one recorded before."""
+        ...
+
+
+class Ledger(Protocol):
+    """What a new owner of a run is told, read under its lease in one transaction (`urza.ledger.RunLedger`)."""
+
+    @property
+    def head(self) -> HeadRef | None: ...
+
+    @property
+    def manifest(self) -> ArtifactRef | None: ...
+
+    @property
+    def facts(self) -> Sequence[Fact]: ...
+
+    @property
+    def reports(self) -> Sequence[EpochReport]: ...
+
+    @property
+    def frontier(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a heartbeat carries. `loss` is the last one read (at most twice a second), `seeds` counts seeds by state."""
+
+    step: int
+    epoch: int
+    loss: float | None
+    samples_per_s: float
+    seeds: dict[str, int]
+    phase: str
+
+
+Beat = Callable[[Progress], None]
+"""Called while the step counter advances or a bounded wait is under way; raises to cancel at a step boundary."""

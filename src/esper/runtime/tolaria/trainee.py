@@ -1,0 +1,78 @@
+"""One model under training: what a step is. The live model is one, and so is each twin."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from dataclasses import field
+
+import torch
+from torch import Tensor
+from torch import nn
+from torch.optim import Optimizer
+
+from esper.runtime.kasmina.telemetry import Telemetry
+from esper.runtime.tolaria.plan import TrainingPlan
+from esper.runtime.tolaria.recipe import clip_gradients
+from esper.runtime.tolaria.sampler import epoch_permutation
+from esper.runtime.tolaria.schedule import apply_schedule
+
+
+@dataclass
+class Trainee:
+    """`step` counts the steps taken, `completed` the epochs that were ended (evaluated and reported).
+
+    `loss_sum` and `loss_rows` are over the rows of the present epoch so far.
+    """
+
+    plan: TrainingPlan
+    model: nn.Module
+    optimizer: Optimizer
+    step: int = 0
+    completed: int = 0
+    loss_sum: Tensor = field(init=False)
+    loss_rows: int = 0
+    last_loss: Tensor | None = None
+    _order: tuple[int, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        wide = torch.float32 if self.plan.device.type == "mps" else torch.float64
+        self.loss_sum = torch.zeros((), dtype=wide, device=self.plan.device)
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def advance(self, telemetry: Telemetry | None = None) -> int:
+        """Take one step, as the recipe says; returns the rows of its batch."""
+        plan = self.plan
+        rows = self._rows()
+        batch = plan.train.rows(rows)
+        self.optimizer.zero_grad(set_to_none=True)
+        with nullcontext() if telemetry is None else telemetry.step(self.step):
+            loss = plan.loss(self.model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+        clip_gradients(self.model, plan.config.optimizer.clip)
+        apply_schedule(self.optimizer, plan.schedule, self.step)
+        self.optimizer.step()
+        self.step += 1
+        self.last_loss = loss.detach()
+        self.loss_sum += self.last_loss * len(rows)
+        self.loss_rows += len(rows)
+        return len(rows)
+
+    def end_epoch(self) -> None:
+        """The epoch is over: its losses are forgotten."""
+        self.completed += 1
+        self.loss_sum.zero_()
+        self.loss_rows = 0
+
+    def _rows(self) -> Tensor:
+        epoch, position = divmod(self.step, self.plan.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, epoch_permutation(len(self.plan.train), self.plan.config.run.seed, epoch)
+        size = self.plan.config.training.batch_size
+        return self._order[1][position * size : (position + 1) * size]
+
+
+def begin(plan: TrainingPlan, model: nn.Module) -> Trainee:
+    """A model before its first step, with a new optimizer."""
+    return Trainee(plan, model, plan.optimizer(model))

@@ -1,0 +1,78 @@
+"""Committing heads on a thread of its own, one at a time and in order, while training goes on."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from esper.contracts.assets import ArtifactRef
+from esper.contracts.operational import EpochReport
+from esper.contracts.operational import HeadRef
+from esper.runtime.tezzeret.samples import SiteSamples
+from esper.runtime.tezzeret.samples import pack_samples
+from esper.runtime.tolaria.checkpoint import Snapshot
+from esper.runtime.tolaria.checkpoint import write
+from esper.runtime.tolaria.store import SessionStore
+
+ReportMaker = Callable[[HeadRef, ArtifactRef | None], EpochReport]
+"""Makes the report once its head, and the artifact with the site samples, are known."""
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A head that stands, where its manifest lies, and the report that was committed with it."""
+
+    head: HeadRef
+    manifest: ArtifactRef
+    report: EpochReport | None = None
+
+
+class HeadWriter:
+    """Never has two commits in flight: `idle` tells when the next may be submitted."""
+
+    def __init__(self, store: SessionStore, last: Committed | None) -> None:
+        self._store = store
+        self._last = last
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="esper-writer")
+        self._running: Future[Committed] | None = None
+
+    @property
+    def last(self) -> Committed | None:
+        """The newest head that stands."""
+        return self._last
+
+    @property
+    def running(self) -> Future[Committed] | None:
+        """The commit in flight, or the last one: its error, if it had one, is the run's."""
+        return self._running
+
+    def submit(
+        self,
+        taken: Snapshot,
+        report: ReportMaker | None = None,
+        samples: Mapping[str, SiteSamples] | None = None,
+    ) -> Future[Committed]:
+        """Write and commit a snapshot. The caller has waited for the commit before."""
+        if self._running is not None and not self._running.done():
+            raise RuntimeError("a commit is still in flight")
+        self._running = self._thread.submit(self._commit, taken, report, samples)
+        return self._running
+
+    def close(self) -> None:
+        """Wait for the commit in flight, and end the thread."""
+        self._thread.shutdown(wait=True)
+
+    def _commit(
+        self, taken: Snapshot, report: ReportMaker | None, samples: Mapping[str, SiteSamples] | None
+    ) -> Committed:
+        manifest = write(taken, self._store.put)
+        artifact = self._store.put(pack_samples(samples)) if samples else None
+        parent = None if self._last is None else self._last.head.digest
+        if report is None and self._last is not None and manifest.digest == parent:
+            return self._last
+        head = HeadRef(digest=manifest.digest, parent=parent, step=taken.step, epoch=taken.epoch)
+        made = None if report is None else report(head, artifact)
+        committed = Committed(self._store.commit_head(head, manifest, parent, made), manifest, made)
+        self._last = committed
+        return committed

@@ -1,0 +1,180 @@
+"""Bytes under their own digest: the store of kernels, checkpoints, histories and output files.
+
+An object is named by the sha256 of its bytes (key ``sha256/<hex>``), never changes, and is verified on
+every read. So writing twice is writing once, and nobody ever gets bytes other than those asked for.
+"""
+
+import errno
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from esper.contracts.assets import ArtifactRef
+from esper.errors import IntegrityError
+from esper.errors import ObjectsUnavailable
+
+ENDPOINT_VARIABLE = "ESPER_S3_ENDPOINT_URL"
+
+
+class ObjectStore(Protocol):
+    """A content-addressed store. Every method blocks, may be called from any thread, and is safe twice.
+
+    All raise `ObjectsUnavailable` (ESP-321..324) when the store cannot do its work.
+    """
+
+    def put(self, data: bytes) -> ArtifactRef:
+        """Store `data` under its digest unless it is there already; durable when this returns."""
+        ...
+
+    def get(self, ref: ArtifactRef) -> bytes:
+        """The bytes of `ref`, size and digest checked; `IntegrityError` (ESP-401) if missing or other bytes."""
+        ...
+
+    def exists(self, ref: ArtifactRef) -> bool:
+        """True when an object lies under the digest. Says nothing of its bytes."""
+        ...
+
+    def delete(self, ref: ArtifactRef) -> None:
+        """Remove the object; a missing one is no error."""
+        ...
+
+    def describe(self) -> str:
+        """Where it is, for people; never a secret."""
+        ...
+
+
+def reference(data: bytes) -> ArtifactRef:
+    """The address of `data`: its sha256 and its size in bytes."""
+    return ArtifactRef(digest=f"sha256:{hashlib.sha256(data).hexdigest()}", size_bytes=len(data))
+
+
+def object_key(ref: ArtifactRef) -> str:
+    """``sha256/<hex>``: derived from the digest alone, never from a name that somebody chose."""
+    return ref.digest.replace(":", "/", 1)
+
+
+def verified(data: bytes, ref: ArtifactRef, where: str) -> bytes:
+    """`data` if it is what `ref` names; else `IntegrityError` (ESP-401), with what was expected and found."""
+    if len(data) != ref.size_bytes:
+        raise wrong_size(ref, len(data), where)
+    found = hashlib.sha256(data).hexdigest()
+    if f"sha256:{found}" != ref.digest:
+        raise IntegrityError(
+            "ESP-401",
+            f"object {ref.digest} in {where} is damaged: its bytes have the digest sha256:{found[:12]}...",
+            hint=_DAMAGE_HINT,
+        )
+    return data
+
+
+def wrong_size(ref: ArtifactRef, size: int, where: str) -> IntegrityError:
+    """The error for an object of the wrong size in bytes (ESP-401)."""
+    return IntegrityError(
+        "ESP-401",
+        f"object {ref.digest} in {where} is damaged: {ref.size_bytes} bytes were expected, {size} are there",
+        hint=_DAMAGE_HINT,
+    )
+
+
+def missing(ref: ArtifactRef, where: str) -> IntegrityError:
+    """The error for an object that should be in the store and is not (ESP-401)."""
+    return IntegrityError("ESP-401", f"object {ref.digest} is missing from {where}", hint=_MISSING_HINT)
+
+
+_DAMAGE_HINT = "Restore it from a copy; a run goes on from its last whole checkpoint"
+_MISSING_HINT = "Check that `urza.objects` names the store that the run wrote to"
+
+
+class FolderStore:
+    """Objects as plain files ``<folder>/sha256/<hex>``. The folder is made at the first `put`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.absolute()
+
+    def put(self, data: bytes) -> ArtifactRef:
+        ref = reference(data)
+        path = self._path(ref)
+        with self._explained("write", ref):
+            # A damaged object is healed here: the right bytes are at hand, and nothing else may bear this name.
+            if not _holds(path, data):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _write_atomically(path, data)
+        return ref
+
+    def get(self, ref: ArtifactRef) -> bytes:
+        with self._explained("read", ref):
+            try:
+                with self._path(ref).open("rb") as file:
+                    size = os.fstat(file.fileno()).st_size
+                    if size != ref.size_bytes:
+                        raise wrong_size(ref, size, self.describe())
+                    data = file.read()
+            except FileNotFoundError:
+                raise missing(ref, self.describe()) from None
+        return verified(data, ref, self.describe())
+
+    def exists(self, ref: ArtifactRef) -> bool:
+        with self._explained("look up", ref):
+            return self._path(ref).is_file()
+
+    def delete(self, ref: ArtifactRef) -> None:
+        with self._explained("delete", ref):
+            self._path(ref).unlink(missing_ok=True)
+
+    def describe(self) -> str:
+        return str(self._folder)
+
+    def _path(self, ref: ArtifactRef) -> Path:
+        return self._folder / object_key(ref)
+
+    @contextmanager
+    def _explained(self, operation: str, ref: ArtifactRef) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise _folder_error(error, operation, ref, self._folder) from error
+
+
+def _folder_error(error: OSError, operation: str, ref: ArtifactRef, folder: Path) -> ObjectsUnavailable:
+    reason = error.strerror or type(error).__name__
+    what = f"cannot {operation} object {ref.digest} ({ref.size_bytes} bytes) in {folder}: {reason}"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ObjectsUnavailable("ESP-323", what, hint="Give this user the right to read and write there")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ObjectsUnavailable("ESP-321", what, hint=f"Free at least {ref.size_bytes} bytes there")
+    return ObjectsUnavailable("ESP-321", what, hint="Check the folder, or set `urza.objects` to another place")
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return path.stat().st_size == len(data) and path.read_bytes() == data
+    except FileNotFoundError:
+        return False
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    """Whole or not at all, also when the power fails; two writers of one object write the same bytes."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    for folder in (path.parent, path.parent.parent):
+        _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

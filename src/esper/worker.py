@@ -1,0 +1,250 @@
+"""One worker process with one or more roles: orchestrator, trainer, tamiyo, forge.
+
+Each role imports what it serves when it is taken on, so that the orchestrator never loads torch and only the
+tamiyo role loads PyTorch Geometric.
+"""
+
+import asyncio
+import gc
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from typing import NoReturn
+
+from temporalio.client import Client
+from temporalio.client import WorkflowExecutionStatus
+from temporalio.service import RPCError
+from temporalio.worker import Worker
+
+from esper.contracts.config import TemporalConfig
+from esper.contracts.config import UrzaConfig
+from esper.errors import ConfigurationError
+from esper.errors import EsperError
+from esper.errors import TemporalUnavailable
+from esper.runtime import worker_files
+from esper.runtime.home import make_home
+from esper.runtime.logs import configure_logging
+from esper.runtime.temporal import queues
+from esper.runtime.temporal.client import connect
+from esper.runtime.temporal.options import GRACEFUL_SHUTDOWN
+from esper.runtime.temporal.options import HEARTBEAT_THROTTLE
+from esper.runtime.temporal.options import TRAINER_SLOTS
+from esper.runtime.urza.connections import Connections
+
+log = logging.getLogger(__name__)
+
+ROLES = ("orchestrator", "trainer", "tamiyo", "forge")
+CONNECT_ATTEMPTS = 20
+ORPHAN_CHECK_S = 15.0
+"""How often a claimed trainer that nobody asks anything looks whether its run still lives."""
+
+
+def main(roles: Sequence[str]) -> NoReturn:
+    """Serve these roles until SIGTERM, or until a trainer's run has ended; then leave without finalisation."""
+    code = 0
+    try:
+        unknown = [role for role in roles if role not in ROLES]
+        if unknown or not roles:
+            raise ConfigurationError(
+                "ESP-214", f"unknown worker role {', '.join(unknown) or '(none)'}", hint=f"roles: {', '.join(ROLES)}"
+            )
+        # Spinning OpenMP threads starve every other process; read by the library when torch is imported.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        asyncio.run(serve(tuple(roles)))
+    except EsperError as error:
+        log.error("%s: %s", error.code, error)
+        sys.stderr.write(f"error[{error.code}]: {error}\n")
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException:
+        log.exception("the worker failed")
+        code = 1
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Ordinary finalisation of a process that used a Temporal client crashed or hung in 15 of 120 tries.
+    os._exit(code)
+
+
+async def serve(roles: tuple[str, ...]) -> None:
+    """Connect, take the roles on, report ready, and serve."""
+    home = make_home(os.environ)
+    configure_logging(home, "+".join(roles))
+    worker_files.report(home, "starting", roles=roles)
+    ending = _signals()
+    client = await _patiently(home)
+    connections = Connections(home)
+    try:
+        async with AsyncExitStack() as stack:
+            for role in roles:
+                if role == "orchestrator":
+                    await _orchestrator(client, connections, stack)
+                elif role == "tamiyo":
+                    await _tamiyo(client, stack)
+                elif role == "forge":
+                    await _forge(client, connections, stack)
+            if "trainer" in roles:
+                await _trainer(client, connections, home, roles, ending)
+            else:
+                gc.freeze()
+                worker_files.report(home, "idle", roles=roles)
+                log.info("ready: %s", ", ".join(roles))
+                await ending.wait()
+                worker_files.report(home, "draining", roles=roles)
+    finally:
+        await connections.close()
+
+
+def _signals() -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set; a second signal ends the process at once."""
+    ending = asyncio.Event()
+
+    def end() -> None:
+        if ending.is_set():
+            os._exit(130)
+        ending.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, end)
+    return ending
+
+
+async def _patiently(home: Path) -> Client:
+    """The server may come up a moment after its workers."""
+    for attempt in range(CONNECT_ATTEMPTS):
+        try:
+            return await connect(TemporalConfig(), home)
+        except TemporalUnavailable:
+            if attempt == CONNECT_ATTEMPTS - 1:
+                raise
+            await asyncio.sleep(1.0)
+    raise AssertionError("unreachable")
+
+
+def _worker(client: Client, task_queue: str, activities: Sequence[Callable[..., Any]], **more: Any) -> Worker:
+    return Worker(
+        client,
+        task_queue=task_queue,
+        activities=activities,
+        max_heartbeat_throttle_interval=HEARTBEAT_THROTTLE,
+        default_heartbeat_throttle_interval=HEARTBEAT_THROTTLE,
+        graceful_shutdown_timeout=GRACEFUL_SHUTDOWN,
+        **more,
+    )
+
+
+async def _orchestrator(client: Client, connections: Connections, stack: AsyncExitStack) -> None:
+    from esper.activities.urza import UrzaActivities
+    from esper.runtime.temporal.historian import Historian
+    from esper.workflows.tamiyo_decision import TamiyoDecision
+    from esper.workflows.tezzeret_compile import TezzeretCompile
+    from esper.workflows.training_run import TrainingRun
+
+    # A worker refuses a library that was not migrated, before it takes any work.
+    await connections.library(UrzaConfig())
+    worker = _worker(
+        client,
+        queues.ORCHESTRATION,
+        UrzaActivities(connections).all(),
+        workflows=[TrainingRun, TamiyoDecision, TezzeretCompile],
+        max_cached_workflows=int(os.environ.get("ESPER_MAX_CACHED_WORKFLOWS", "1000")),
+    )
+    await stack.enter_async_context(worker)
+    keeping = asyncio.create_task(Historian(client, connections).keep())
+    stack.callback(keeping.cancel)
+
+
+async def _tamiyo(client: Client, stack: AsyncExitStack) -> None:
+    from esper.activities.tamiyo import score_sites
+
+    executor = stack.enter_context(ThreadPoolExecutor(4, thread_name_prefix="tamiyo"))
+    await stack.enter_async_context(
+        _worker(client, queues.TAMIYO, [score_sites], activity_executor=executor, max_concurrent_activities=4)
+    )
+
+
+async def _forge(client: Client, connections: Connections, stack: AsyncExitStack) -> None:
+    from esper.activities.tezzeret import TezzeretActivities
+    from esper.runtime.tezzeret.forge_child import start_forkserver
+
+    await asyncio.to_thread(start_forkserver)
+    executor = stack.enter_context(ThreadPoolExecutor(4, thread_name_prefix="forge"))
+    activities = TezzeretActivities(connections, asyncio.get_running_loop())
+    await stack.enter_async_context(
+        _worker(client, queues.FORGE, activities.all(), activity_executor=executor, max_concurrent_activities=4)
+    )
+
+
+async def _trainer(
+    client: Client, connections: Connections, home: Path, roles: tuple[str, ...], ending: asyncio.Event
+) -> None:
+    """One run, then the end of the process: user code is never stale, and the supervisor has the next one warm."""
+    from esper.activities.trainer import TrainerActivities
+    from esper.runtime.tolaria.warm_up import warm_up
+
+    await asyncio.to_thread(warm_up)
+    own_queue = queues.pinned_trainer(socket.gethostname(), os.getpid(), secrets.token_hex(3))
+    trainer = TrainerActivities(own_queue, connections, asyncio.get_running_loop())
+    with ThreadPoolExecutor(TRAINER_SLOTS, thread_name_prefix="trainer") as executor:
+        pinned = _worker(
+            client,
+            own_queue,
+            trainer.on_own_queue(),
+            activity_executor=executor,
+            max_concurrent_activities=TRAINER_SLOTS,
+        )
+        shared = _worker(client, queues.TRAINER, [trainer.claim_trainer], max_concurrent_activities=1)
+        async with pinned:
+            async with shared:
+                gc.freeze()
+                worker_files.report(home, "idle", roles=roles)
+                log.info("ready: %s on %s", ", ".join(roles), own_queue)
+                await _first(trainer.claimed, ending)
+            if trainer.lease is not None:
+                run_id = trainer.lease.run_id
+                worker_files.report(home, "claimed", roles=roles, run_id=run_id, task_queue=own_queue)
+                orphaned = asyncio.Event()
+                watching = asyncio.create_task(_watch(client, trainer, run_id, orphaned))
+                await _first(trainer.released, ending, orphaned)
+                watching.cancel()
+            worker_files.report(home, "draining", roles=roles)
+        await trainer.give_up()
+
+
+async def _watch(client: Client, trainer: Any, run_id: str, orphaned: asyncio.Event) -> None:
+    """A run that was terminated never releases its trainer: notice it, and be free again."""
+    while True:
+        await asyncio.sleep(ORPHAN_CHECK_S)
+        if not trainer.idle:
+            continue
+        with suppress(RPCError):
+            description = await client.get_workflow_handle(run_id).describe()
+            if description.status is not WorkflowExecutionStatus.RUNNING:
+                log.warning("run %s is over and never released this trainer", run_id)
+                orphaned.set()
+                return
+
+
+async def _first(*events: asyncio.Event) -> None:
+    """Wait until one of them is set."""
+    tasks = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

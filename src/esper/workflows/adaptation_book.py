@@ -1,0 +1,194 @@
+"""The adaptations of a run as its workflow keeps them: pure data, no commands."""
+
+from collections.abc import Iterable
+
+from esper.contracts.enums import AdaptationState
+from esper.contracts.enums import DeliveryMode
+from esper.contracts.enums import FactKind
+from esper.contracts.enums import Verdict
+from esper.contracts.operational import Adaptation
+from esper.contracts.operational import AdaptationDecision
+from esper.contracts.operational import EpochReport
+from esper.contracts.operational import Fact
+from esper.contracts.operational import JudgeReport
+from esper.contracts.operational import KernelDelivery
+from esper.contracts.operational import ScheduledAdaptation
+
+PENDING = frozenset({AdaptationState.ORDERED, AdaptationState.DELIVERED})
+"""Ordered, and its outcome at the apply step not yet known."""
+
+LIVE = frozenset({AdaptationState.TRAINING, AdaptationState.FOSSILIZED})
+"""Its kernel is part of the model."""
+
+_STATE_AFTER_FACT = {
+    FactKind.GRAFT: AdaptationState.TRAINING,
+    FactKind.MISSED: AdaptationState.MISSED,
+    FactKind.FOSSILIZE: AdaptationState.FOSSILIZED,
+    FactKind.CULL: AdaptationState.CULLED,
+    FactKind.REMOVE: AdaptationState.CULLED,
+    FactKind.QUARANTINE: AdaptationState.FAILED,
+}
+_ENDED = frozenset(AdaptationState) - PENDING - {AdaptationState.TRAINING, AdaptationState.FOSSILIZED}
+
+
+class AdaptationBook:
+    """Orders, deliveries and outcomes by adaptation id, in the order of decision."""
+
+    def __init__(self, adaptations: Iterable[Adaptation] = (), deliveries: Iterable[KernelDelivery] = ()) -> None:
+        self._adaptations = {adaptation.adaptation_id: adaptation for adaptation in adaptations}
+        self._deliveries = {delivery.adaptation.adaptation_id: delivery for delivery in deliveries}
+
+    def all(self) -> tuple[Adaptation, ...]:
+        return tuple(self._adaptations.values())
+
+    def deliveries(self) -> tuple[KernelDelivery, ...]:
+        """The deliveries that no fact answers yet."""
+        return tuple(d for key, d in self._deliveries.items() if self._adaptations[key].state in PENDING)
+
+    def get(self, adaptation_id: str) -> Adaptation | None:
+        return self._adaptations.get(adaptation_id)
+
+    def order(
+        self, run_id: str, decision: AdaptationDecision, report: EpochReport, apply_step: int | None
+    ) -> Adaptation:
+        """Enter what a decision orders; the number counts all adaptations of the run from 1."""
+        if decision.site is None or decision.seed is None or decision.blueprint is None:
+            raise ValueError(f"decision on epoch {decision.epoch} orders growth without a site, seed and blueprint")
+        number = len(self._adaptations) + 1
+        adaptation = Adaptation(
+            adaptation_id=f"{run_id}/a{number}",
+            number=number,
+            epoch=decision.epoch,
+            site=decision.site,
+            seed=decision.seed,
+            seed_generation=_generation(report, decision.site, decision.seed),
+            blueprint=decision.blueprint,
+            hyperparameters=decision.hyperparameters,
+            apply_step=apply_step,
+            state=AdaptationState.ORDERED,
+            reason=decision.reason,
+        )
+        self._adaptations[adaptation.adaptation_id] = adaptation
+        return adaptation
+
+    def deliver(self, delivery: KernelDelivery) -> Adaptation | None:
+        """Take a kernel in; `None` when nothing waits for it (late, vetoed, unknown)."""
+        adaptation = self._adaptations.get(delivery.adaptation.adaptation_id)
+        if adaptation is None or adaptation.state is not AdaptationState.ORDERED:
+            return None
+        self._deliveries[adaptation.adaptation_id] = delivery
+        return self._change(adaptation, state=AdaptationState.DELIVERED, kernel=delivery.kernel)
+
+    def fail(self, adaptation_id: str, state: AdaptationState, reason: str) -> Adaptation | None:
+        """End a pending adaptation that will not be grafted; `None` when it is not pending."""
+        adaptation = self._adaptations.get(adaptation_id)
+        if adaptation is None or adaptation.state not in PENDING:
+            return None
+        return self._change(adaptation, state=state, reason=reason)
+
+    def accept(self, fact: Fact) -> Adaptation | None:
+        """A graft is recorded for its step: from now on its judge step is known."""
+        adaptation = self._adaptations.get(fact.adaptation_id)
+        if adaptation is None or adaptation.judge_step == fact.judge_step:
+            return None
+        return self._change(adaptation, apply_step=fact.apply_step, judge_step=fact.judge_step)
+
+    def apply(self, fact: Fact) -> Adaptation | None:
+        """A fact was executed; `None` when it changes nothing that the book does not know already."""
+        adaptation = self._adaptations.get(fact.adaptation_id)
+        state = _STATE_AFTER_FACT.get(fact.kind)
+        if adaptation is None or state is None or adaptation.state is state or adaptation.state in _ENDED:
+            return None
+        if state is AdaptationState.TRAINING:
+            if adaptation.state not in PENDING:
+                return None
+            kernel = fact.delivery.kernel if fact.delivery is not None else adaptation.kernel
+            return self._change(
+                adaptation, state=state, kernel=kernel, apply_step=fact.apply_step, judge_step=fact.judge_step
+            )
+        reason = fact.reason or adaptation.reason
+        return self._change(adaptation, state=state, reason=reason)
+
+    def judge(self, verdict: JudgeReport) -> Adaptation | None:
+        """The verdict over a graft on probation."""
+        adaptation = self._adaptations.get(verdict.adaptation_id)
+        if adaptation is None or adaptation.judge is not None:
+            return None
+        if verdict.verdict is Verdict.VOID:
+            return self._change(adaptation, judge=verdict)
+        state = AdaptationState.FOSSILIZED if verdict.verdict is Verdict.KEEP else AdaptationState.CULLED
+        return self._change(adaptation, state=state, judge=verdict, reason=verdict.reason)
+
+    def in_flight(self, report: EpochReport, mode: DeliveryMode) -> str | None:
+        """The adaptation that a decision on this report must wait for.
+
+        In scheduled mode this looks at steps alone, never at whether a kernel happens to be there yet, so
+        that the decision does not depend on how fast a forge was.
+        """
+        for adaptation in self._adaptations.values():
+            if mode is DeliveryMode.SCHEDULED:
+                if adaptation.apply_step is not None and adaptation.apply_step >= report.step:
+                    return adaptation.adaptation_id
+            elif adaptation.state in PENDING:
+                return adaptation.adaptation_id
+        return None
+
+    def schedule(self) -> tuple[ScheduledAdaptation, ...]:
+        """What a trainer must expect: all that is pending."""
+        return tuple(scheduled(a) for a in self._adaptations.values() if a.state in PENDING)
+
+    def to_judge(self, step: int) -> str | None:
+        """The graft whose hold ends exactly here."""
+        for adaptation in self._adaptations.values():
+            if (
+                adaptation.judge is None
+                and adaptation.state is AdaptationState.TRAINING
+                and adaptation.judge_step == step
+            ):
+                return adaptation.adaptation_id
+        return None
+
+    def live_at(self, site: str) -> Adaptation | None:
+        """The newest live adaptation at a site."""
+        for adaptation in reversed(self._adaptations.values()):
+            if adaptation.site == site and adaptation.state in LIVE:
+                return adaptation
+        return None
+
+    def pending(self) -> Adaptation | None:
+        for adaptation in self._adaptations.values():
+            if adaptation.state in PENDING:
+                return adaptation
+        return None
+
+    def live_count(self) -> int:
+        return sum(adaptation.state in LIVE for adaptation in self._adaptations.values())
+
+    def _change(self, adaptation: Adaptation, **changes: object) -> Adaptation:
+        changed = adaptation.model_copy(update=changes)
+        self._adaptations[changed.adaptation_id] = changed
+        return changed
+
+
+def scheduled(adaptation: Adaptation) -> ScheduledAdaptation:
+    """An adaptation as trainer and forge must know it."""
+    return ScheduledAdaptation(
+        adaptation_id=adaptation.adaptation_id,
+        number=adaptation.number,
+        site=adaptation.site,
+        seed=adaptation.seed,
+        seed_generation=adaptation.seed_generation,
+        blueprint=adaptation.blueprint,
+        hyperparameters=adaptation.hyperparameters,
+        decided_epoch=adaptation.epoch,
+        apply_step=adaptation.apply_step,
+    )
+
+
+def _generation(report: EpochReport, site: str, index: int) -> int:
+    for node in report.graph.nodes:
+        if node.contract.site == site:
+            for seed in node.seeds:
+                if seed.index == index:
+                    return seed.generation
+    return 0

@@ -1,0 +1,35 @@
+"""How workflows order activities: typed by name, with the options of the one table."""
+
+from datetime import timedelta
+from typing import TypeVar
+
+from temporalio import workflow
+
+from esper.activities.names import ActivityName
+from esper.runtime.temporal.options import OPTIONS
+
+ArgumentT = TypeVar("ArgumentT")
+ResultT = TypeVar("ResultT")
+
+
+async def order(
+    activity: ActivityName[ArgumentT, ResultT],
+    argument: ArgumentT,
+    *,
+    task_queue: str,
+    summary: str,
+    options: str | None = None,
+    deadline: timedelta | None = None,
+) -> ResultT:
+    """Run one activity and return its result.
+
+    `options` names another row of the table than the activity's own; `deadline` bounds waiting, running
+    and retrying together.
+    """
+    keywords = OPTIONS[options or activity.name].keywords()
+    if deadline is not None:
+        keywords["schedule_to_close_timeout"] = deadline
+    result: ResultT = await workflow.execute_activity(
+        activity.name, argument, task_queue=task_queue, result_type=activity.result, summary=summary, **keywords
+    )
+    return result

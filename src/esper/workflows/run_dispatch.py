@@ -1,0 +1,276 @@
+"""What a run has going at once: epochs, deliveries, judges and removals on its trainer; decisions, forges and
+records beside them."""
+
+from temporalio import workflow
+from temporalio.exceptions import ActivityError
+from temporalio.exceptions import ChildWorkflowError
+from temporalio.exceptions import is_cancelled_exception
+
+from esper.activities import names
+from esper.contracts.enums import AdaptationState
+from esper.contracts.enums import DecisionKind
+from esper.contracts.operational import Adaptation
+from esper.contracts.operational import AdaptationDecision
+from esper.contracts.operational import EpochReport
+from esper.contracts.operational import KernelDelivery
+from esper.contracts.orders import AbandonRequest
+from esper.contracts.orders import BuildRequest
+from esper.contracts.orders import CheckpointRequest
+from esper.contracts.orders import DecisionRequest
+from esper.contracts.orders import EpochRequest
+from esper.contracts.orders import InstallRequest
+from esper.contracts.orders import JudgeRequest
+from esper.contracts.orders import Lease
+from esper.contracts.orders import RecordAdaptation
+from esper.contracts.orders import RemoveRequest
+from esper.contracts.orders import ScoreRequest
+from esper.runtime.temporal import queues
+from esper.runtime.temporal.failures import from_failure
+from esper.workflows import presentation
+from esper.workflows.adaptation_book import scheduled
+from esper.workflows.ordering import order
+from esper.workflows.run_desk import RunDesk
+from esper.workflows.task_ring import TaskRing
+from esper.workflows.task_ring import trainer_loss
+
+
+class Dispatcher:
+    """Starts whatever the state of the run allows; every piece of work writes its result to the desk."""
+
+    def __init__(self, desk: RunDesk) -> None:
+        self._desk = desk
+        self.pinned = TaskRing(desk.wake)
+        self.control = TaskRing(desk.wake)
+        self._held_for_pause = -1
+        self._answered: set[str] = set()
+
+    def busy(self) -> bool:
+        return bool(self.pinned or self.control)
+
+    def renew(self) -> None:
+        """A new trainer: what the old one was told counts no more."""
+        self._answered.clear()
+        self._held_for_pause = -1
+
+    def should_continue(self) -> bool:
+        """Whether this history is long enough to continue as new."""
+        limit = self._desk.progress.request.continue_after_epochs
+        if limit is not None and self._desk.progress.epochs_in_this_history >= limit:
+            return True
+        return workflow.info().is_continue_as_new_suggested()
+
+    def dispatch(self) -> None:
+        progress, lease = self._desk.progress, self._desk.progress.lease
+        if lease is None:
+            return
+        if self._desk.stopping or progress.paused:
+            if self._held_for_pause != progress.pauses:
+                self._held_for_pause = progress.pauses
+                self.pinned.start("checkpoint", self._hold(lease))
+        elif not self.should_continue():
+            self._order_epochs(lease)
+        if not self._desk.stopping:
+            self._order_judge(lease)
+            self._order_removals(lease)
+            self._start_decision()
+        self._answer_deliveries(lease)
+        if self._desk.unrecorded and "record" not in self.control:
+            self.control.start("record", self._record_adaptations())
+
+    def _order_epochs(self, lease: Lease) -> None:
+        for epoch in self._desk.progress.orderable():
+            if f"epoch {epoch}" not in self.pinned:
+                self.pinned.start(f"epoch {epoch}", self._train(lease, epoch))
+
+    async def _train(self, lease: Lease, epoch: int) -> None:
+        progress = self._desk.progress
+        result = await order(
+            names.TRAIN_EPOCH,
+            EpochRequest(
+                lease=lease,
+                epoch=epoch,
+                schedule=progress.book.schedule(),
+                expects_decision=progress.expects_decision(epoch),
+                pauses=progress.pauses,
+            ),
+            task_queue=lease.task_queue,
+            summary=presentation.epoch_summary(epoch, progress.report, progress.book.live_count()),
+        )
+        if result.report is not None and lease == progress.lease:
+            for report in progress.complete(result.report):
+                self._take_report(report)
+
+    def _take_report(self, report: EpochReport) -> None:
+        for fact in report.facts:
+            self._desk.note(self._desk.progress.book.apply(fact))
+        self._desk.show()
+        self._desk.publish()
+
+    async def _hold(self, lease: Lease) -> None:
+        await order(
+            names.CHECKPOINT,
+            CheckpointRequest(lease=lease, hold=True, pauses=self._desk.progress.pauses),
+            task_queue=lease.task_queue,
+            summary="commit at the next step boundary",
+        )
+
+    def _order_judge(self, lease: Lease) -> None:
+        report = self._desk.progress.report
+        subject = self._desk.progress.book.to_judge(report.step) if report is not None else None
+        if subject is not None and f"judge {subject}" not in self.pinned:
+            self.pinned.start(f"judge {subject}", self._judge(lease, subject))
+
+    async def _judge(self, lease: Lease, adaptation_id: str) -> None:
+        self._desk.enter("judging")
+        verdict = await order(
+            names.JUDGE_SEED,
+            JudgeRequest(lease=lease, adaptation_id=adaptation_id),
+            task_queue=lease.task_queue,
+            summary=f"judge {adaptation_id}",
+        )
+        self._desk.note(self._desk.progress.book.judge(verdict))
+        self._desk.enter("training")
+
+    def _order_removals(self, lease: Lease) -> None:
+        while self._desk.removals:
+            adaptation = self._desk.removals.pop(0)
+            self.pinned.start(f"remove {adaptation.adaptation_id}", self._remove(lease, adaptation))
+
+    async def _remove(self, lease: Lease, adaptation: Adaptation) -> None:
+        await order(
+            names.REMOVE_SEED,
+            RemoveRequest(lease=lease, adaptation_id=adaptation.adaptation_id, site=adaptation.site),
+            task_queue=lease.task_queue,
+            summary=f"cull {adaptation.adaptation_id} at {adaptation.site}",
+        )
+
+    def _answer_deliveries(self, lease: Lease) -> None:
+        for delivery in self._desk.progress.book.deliveries():
+            subject = delivery.adaptation.adaptation_id
+            if subject not in self._answered and subject not in self._desk.abandoned:
+                self._answered.add(subject)
+                self.pinned.start(f"install {subject}", self._install(lease, delivery))
+        for adaptation_id, reason in self._desk.abandoned.items():
+            adaptation = self._desk.progress.book.get(adaptation_id)
+            key = f"abandon {adaptation_id}"
+            if adaptation is not None and key not in self._answered:
+                self._answered.add(key)
+                self.pinned.start(key, self._abandon(lease, adaptation, reason))
+
+    async def _install(self, lease: Lease, delivery: KernelDelivery) -> None:
+        adaptation_id = delivery.adaptation.adaptation_id
+        try:
+            result = await order(
+                names.INSTALL_KERNEL,
+                InstallRequest(lease=lease, delivery=delivery),
+                task_queue=lease.task_queue,
+                summary=f"install {delivery.adaptation.blueprint} at {delivery.adaptation.site}",
+            )
+        except ActivityError as failure:
+            if trainer_loss(failure) is not None or is_cancelled_exception(failure):
+                raise
+            # A kernel that cannot be installed costs its adaptation, never the training.
+            self._desk.give_up(adaptation_id, AdaptationState.FAILED, str(from_failure(failure)))
+            return
+        if result.accepted and result.fact is not None:
+            self._desk.note(self._desk.progress.book.accept(result.fact))
+        else:
+            state = AdaptationState.STALE if result.fact is None else AdaptationState.MISSED
+            self._desk.note(self._desk.progress.book.fail(adaptation_id, state, result.reason))
+
+    async def _abandon(self, lease: Lease, adaptation: Adaptation, reason: str) -> None:
+        await order(
+            names.ABANDON_KERNEL,
+            AbandonRequest(lease=lease, adaptation=scheduled(adaptation), reason=reason),
+            task_queue=lease.task_queue,
+            summary=f"abandon {adaptation.adaptation_id}",
+        )
+
+    def _start_decision(self) -> None:
+        progress = self._desk.progress
+        if progress.undecided and "decide" not in self.control:
+            epoch = min(progress.undecided)
+            self.control.start("decide", self._decide(progress.undecided[epoch]))
+
+    async def _decide(self, report: EpochReport) -> None:
+        progress, config = self._desk.progress, self._desk.progress.config
+        if progress.loaded is None:
+            raise ValueError("a report without a loaded run")
+        requested, progress.requested = progress.requested, None
+        request = DecisionRequest(
+            score=ScoreRequest(
+                run_id=progress.run_id,
+                tamiyo=config.tamiyo,
+                max_epochs=config.run.max_epochs,
+                steps_per_epoch=progress.loaded.steps_per_epoch,
+                lag_epochs=config.delivery.lag_epochs,
+                hold_window_steps=progress.hold_window_steps(),
+                report=report,
+                history=tuple(point for point in progress.losses if point.epoch < report.epoch),
+                adaptations=progress.book.all(),
+                pinned=tuple(progress.pinned),
+                in_flight=progress.book.in_flight(report, config.delivery.mode),
+            ),
+            urza=config.urza,
+            requested=requested,
+        )
+        decision = await self._decision_of(request)
+        progress.decisions += 1
+        progress.undecided.pop(report.epoch, None)
+        if decision is not None and decision.kind is DecisionKind.GERMINATE:
+            await self._germinate(decision, report)
+        self._desk.show()
+
+    async def _decision_of(self, request: DecisionRequest) -> AdaptationDecision | None:
+        epoch = request.score.report.epoch
+        try:
+            decision: AdaptationDecision = await workflow.execute_child_workflow(
+                "TamiyoDecision",
+                request,
+                id=f"{self._desk.progress.run_id}/tamiyo/{epoch}",
+                task_queue=queues.ORCHESTRATION,
+                result_type=AdaptationDecision,
+                static_summary=f"decide after epoch {epoch}",
+            )
+            return decision
+        except ChildWorkflowError as failure:
+            if is_cancelled_exception(failure):
+                raise
+            workflow.logger.warning("no decision on epoch %d: %s", epoch, failure.cause or failure)
+            return None
+
+    async def _germinate(self, decision: AdaptationDecision, report: EpochReport) -> None:
+        progress, config = self._desk.progress, self._desk.progress.config
+        if decision.contract is None:
+            raise ValueError(f"decision on epoch {decision.epoch} germinates without a site contract")
+        adaptation = progress.book.order(progress.run_id, decision, report, progress.apply_step(decision.epoch))
+        self._desk.note(adaptation)
+        await workflow.start_child_workflow(
+            "TezzeretCompile",
+            BuildRequest(
+                run_id=progress.run_id,
+                run_seed=config.run.seed,
+                adaptation=scheduled(adaptation),
+                site=decision.contract,
+                site_samples=report.site_samples,
+                tezzeret=config.tezzeret,
+                optimizer=config.optimizer,
+                urza=config.urza,
+            ),
+            id=f"{progress.run_id}/tezzeret/{adaptation.adaptation_id.rsplit('/', 1)[1]}",
+            task_queue=queues.ORCHESTRATION,
+            parent_close_policy=workflow.ParentClosePolicy.ABANDON,
+            static_summary=presentation.clipped(f"forge {adaptation.blueprint} for {adaptation.site}"),
+        )
+
+    async def _record_adaptations(self) -> None:
+        while self._desk.unrecorded:
+            adaptation = self._desk.unrecorded.pop(0)
+            await order(
+                names.RECORD_ADAPTATION,
+                RecordAdaptation(
+                    run_id=self._desk.progress.run_id, urza=self._desk.progress.config.urza, adaptation=adaptation
+                ),
+                task_queue=queues.ORCHESTRATION,
+                summary=f"{adaptation.adaptation_id} {adaptation.state.value}",
+            )

@@ -1,0 +1,199 @@
+"""Where a run stands, as its workflow knows it: mutable, pure, and carried over continue-as-new as data."""
+
+from esper.contracts.enums import DeliveryMode
+from esper.contracts.enums import Outcome
+from esper.contracts.messages import RequestAdaptation
+from esper.contracts.operational import EpochReport
+from esper.contracts.operational import LossPoint
+from esper.contracts.orders import KnownRun
+from esper.contracts.orders import Lease
+from esper.contracts.orders import LoadedRun
+from esper.contracts.orders import RunStatus
+from esper.contracts.orders import TrainingRequest
+from esper.contracts.orders import TrainingState
+from esper.workflows.adaptation_book import AdaptationBook
+
+KEPT_LOSSES = 64
+"""Epochs of losses that a policy gets to see and that travel over continue-as-new."""
+
+KEPT_EVENTS = 256
+"""Ids of messages already taken in; older ones can no longer be resent."""
+
+
+class RunProgress:
+    """Position, lease, reports and adaptations of one run."""
+
+    def __init__(self, request: TrainingRequest) -> None:
+        state = request.state or TrainingState()
+        self.request = request
+        self.config = request.config
+        self.run_id = request.run_id
+        self.lease: Lease | None = state.lease
+        self.loaded: LoadedRun | None = state.loaded
+        self.completed_epoch = state.completed_epoch
+        self.book = AdaptationBook(state.adaptations, state.deliveries)
+        self.report: EpochReport | None = state.report
+        self.losses: list[LossPoint] = list(state.losses)
+        self.undecided: dict[int, EpochReport] = {}
+        self._early: dict[int, EpochReport] = {}
+        self.pinned: list[str] = list(state.pinned)
+        self.requested: RequestAdaptation | None = state.requested
+        self.paused = state.paused
+        self.pauses = state.pauses
+        self.restarts = state.restarts
+        self.decisions = state.decisions
+        self.seen_events: list[str] = list(state.seen_events)
+        self.losses_in_a_row = 0
+        self.epochs_in_this_history = 0
+
+    def to_state(self) -> TrainingState:
+        """For continue-as-new: nothing is in flight when this is called."""
+        return TrainingState(
+            lease=self.lease,
+            loaded=self.loaded,
+            completed_epoch=self.completed_epoch,
+            adaptations=self.book.all(),
+            deliveries=self.book.deliveries(),
+            report=self.report,
+            losses=tuple(self.losses),
+            pinned=tuple(self.pinned),
+            requested=self.requested,
+            paused=self.paused,
+            pauses=self.pauses,
+            restarts=self.restarts,
+            decisions=self.decisions,
+            seen_events=tuple(self.seen_events),
+        )
+
+    def adopt(self, known: KnownRun) -> None:
+        """Take over what Urza remembers of a run that goes on after it had ended."""
+        self.book = AdaptationBook(known.adaptations)
+        self.losses = list(known.losses)[-KEPT_LOSSES:]
+        self.decisions = known.decisions
+        self.restarts = known.record.restarts
+        self.report = known.report
+        if known.report is not None and known.report.epoch > known.decided_epoch and self.decides(known.report):
+            self.undecided[known.report.epoch] = known.report
+
+    def take_lease(self, lease: Lease, loaded: LoadedRun) -> None:
+        """A trainer has the run in memory; whatever was ordered of its predecessor is void."""
+        self.lease = lease
+        self.loaded = loaded
+        self.completed_epoch = max(self.completed_epoch, self.report.epoch if self.report else 0)
+        if loaded.epoch < self.completed_epoch or self.report is None:
+            self.completed_epoch = loaded.epoch
+        self._early.clear()
+        for fact in loaded.facts:
+            self.book.apply(fact)
+
+    def complete(self, report: EpochReport) -> list[EpochReport]:
+        """Enter a report and give back all that now follow without a gap.
+
+        Two short epochs may reach the server in the wrong order; one that was entered before is dropped.
+        """
+        if report.epoch > self.completed_epoch:
+            self._early[report.epoch] = report
+        entered = []
+        while (following := self._early.pop(self.completed_epoch + 1, None)) is not None:
+            self._enter(following)
+            entered.append(following)
+        return entered
+
+    def _enter(self, report: EpochReport) -> None:
+        self.completed_epoch = report.epoch
+        self.report = report
+        self.losses.append(
+            LossPoint(
+                epoch=report.epoch,
+                step=report.step,
+                train_loss=report.metrics.train_loss,
+                val_loss=report.metrics.val_loss,
+            )
+        )
+        del self.losses[:-KEPT_LOSSES]
+        self.losses_in_a_row = 0
+        self.epochs_in_this_history += 1
+        if self.decides(report):
+            if self.config.delivery.mode is DeliveryMode.ASAP:
+                self.undecided.clear()
+            self.undecided[report.epoch] = report
+
+    def decides(self, report: EpochReport) -> bool:
+        """Whether a decision follows on this report."""
+        if report.stop or report.epoch >= self.config.run.max_epochs:
+            return False
+        if self.requested is not None:
+            return True
+        return self.config.tamiyo.policy != "none" and report.epoch % self.config.tamiyo.adaptation_frequency == 0
+
+    def expects_decision(self, epoch: int) -> bool:
+        """Whether the trainer should probe at the end of this epoch."""
+        if epoch >= self.config.run.max_epochs:
+            return False
+        if self.requested is not None:
+            return True
+        return self.config.tamiyo.policy != "none" and epoch % self.config.tamiyo.adaptation_frequency == 0
+
+    def finished(self) -> bool:
+        """No further epoch counts."""
+        if self.completed_epoch >= self.config.run.max_epochs:
+            return True
+        return self.report is not None and self.report.stop
+
+    def orderable(self) -> list[int]:
+        """The epochs that may run or wait now: the next one and one ahead; in scheduled mode each only when the
+        decision that may change it is known."""
+        if self.finished():
+            return []
+        last = min(self.completed_epoch + 2, self.config.run.max_epochs)
+        epochs = [epoch for epoch in range(self.completed_epoch + 1, last + 1) if epoch not in self._early]
+        if self.config.delivery.mode is DeliveryMode.ASAP:
+            return epochs
+        lag = self.config.delivery.lag_epochs
+        return [epoch for epoch in epochs if all(undecided > epoch - 1 - lag for undecided in self.undecided)]
+
+    def apply_step(self, decided_epoch: int) -> int | None:
+        """The start of the epoch `lag_epochs` after the one that runs while a decision is taken."""
+        if self.config.delivery.mode is DeliveryMode.ASAP or self.loaded is None:
+            return None
+        return (decided_epoch + self.config.delivery.lag_epochs) * self.loaded.steps_per_epoch
+
+    def hold_window_steps(self) -> int:
+        """Steps between a graft and its verdict, before rounding up to the end of an epoch."""
+        if self.loaded is None:
+            raise ValueError("no trainer has loaded the run yet")
+        return max(self.config.tamiyo.hold_epochs * self.loaded.steps_per_epoch, self.config.tamiyo.hold_steps)
+
+    def first_sight(self, event_id: str) -> bool:
+        """True once for every message; resends are dropped."""
+        if event_id in self.seen_events:
+            return False
+        self.seen_events.append(event_id)
+        del self.seen_events[:-KEPT_EVENTS]
+        return True
+
+    def sites(self) -> tuple[str, ...]:
+        """The names of the growth sites, as the trainer found them."""
+        graph = self.report.graph if self.report is not None else self.loaded.graph if self.loaded is not None else None
+        return () if graph is None else tuple(node.contract.site for node in graph.nodes)
+
+    def status(self, phase: str, outcome: Outcome) -> RunStatus:
+        report = self.report
+        return RunStatus(
+            run_id=self.run_id,
+            phase=phase,
+            outcome=outcome,
+            epoch=self.completed_epoch,
+            max_epochs=self.config.run.max_epochs,
+            step=report.step if report is not None else 0,
+            train_loss=report.metrics.train_loss if report is not None else None,
+            val_loss=report.metrics.val_loss if report is not None else None,
+            best_val_loss=min((point.val_loss for point in self.losses), default=None),
+            parameters=report.parameters if report is not None else self.loaded.parameters if self.loaded else None,
+            live_kernels=self.book.live_count(),
+            decisions=self.decisions,
+            restarts=self.restarts,
+            task_queue=self.lease.task_queue if self.lease is not None else None,
+            lease_gen=self.lease.lease_gen if self.lease is not None else 0,
+            pinned=tuple(self.pinned),
+        )

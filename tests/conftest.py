@@ -1,0 +1,71 @@
+"""What every layer of the tests shares: a clean environment, and one real Temporal dev server a session."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from esper.runtime.temporal.server import SEARCH_ATTRIBUTES
+from esper.runtime.temporal.server import obtain_server
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No setting of the machine reaches a test, and nothing a test does reaches the user's home."""
+    for name in list(os.environ):
+        if name.startswith(("TEMPORAL_", "AWS_")) or (name.startswith("ESPER_") and name != "ESPER_TEMPORAL_CLI"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("ESPER_HOME", str(tmp_path / "esper-home"))
+
+
+def _accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(0.2)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture(scope="session")
+def temporal_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real dev server in memory, with Esper's search attributes, for the whole session."""
+    program = obtain_server(os.environ, print)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(program.path), "server", "start-dev", "--ip", "127.0.0.1", "--port", str(port), "--headless"]
+    command += ["--log-level", "error"]
+    for name, kind in SEARCH_ATTRIBUTES.items():
+        command += ["--search-attribute", f"{name}={kind}"]
+    log = tmp_path_factory.mktemp("temporal") / "server.log"
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as server:
+        try:
+            deadline = time.monotonic() + 60
+            while not _accepts(port):
+                assert server.poll() is None, f"the dev server ended: {log.read_text()}"
+                assert time.monotonic() < deadline, "the dev server does not accept connections"
+                time.sleep(0.1)
+            yield f"127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            server.wait(10)
+
+
+_EXIT_STATUS = 0
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Keeps the status for `pytest_unconfigure`."""
+    global _EXIT_STATUS
+    _EXIT_STATUS = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """A process that used a Temporal client may crash or hang in ordinary finalisation: end it here."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(_EXIT_STATUS)

@@ -1,0 +1,188 @@
+"""What `make run` promises, with real processes: a network grows through Temporal, and every bit is accounted for."""
+
+import json
+import os
+import signal
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_stack import LocalStack
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
+
+FAST = ("--set", "run.max_epochs=6", "--set", "tamiyo.policy=none")
+
+
+@pytest.fixture(scope="module")
+def grown(stack: LocalStack) -> dict[str, Any]:
+    """One whole `digits` run, as a user starts it."""
+    ended = stack.ok("start-run", "--quick-start", "digits", "--run-id", "digits-1", "--json")
+    assert ended.out.count("\n{") == 0
+    document: dict[str, Any] = ended.document
+    return document
+
+
+def test_a_network_really_grows(grown: dict[str, Any], stack: LocalStack) -> None:
+    assert grown["outcome"] == "completed"
+    assert (grown["epochs"], grown["steps"]) == (60, 8460)
+    kept = [a for a in grown["adaptations"] if a["state"] == "fossilized"]
+    assert kept, grown["adaptations"]
+    assert grown["parameters"]["end"] > grown["parameters"]["start"] == 870
+    assert grown["decisions"] == 59
+    assert grown["compute"]["probe_flops"] > 0
+    assert grown["missed"] == grown["divergences"] == 0
+
+
+def test_the_output_is_the_grown_model(grown: dict[str, Any], stack: LocalStack) -> None:
+    output = stack.home.parent / grown["output"]
+    assert {path.name for path in output.iterdir()} >= {
+        "model.safetensors",
+        "growth.json",
+        "config.yaml",
+        "metrics.jsonl",
+        "history.json",
+    }
+    tensors = load_file(output / "model.safetensors")
+    assert sum(tensor.numel() for tensor in tensors.values()) == grown["parameters"]["end"]
+    assert any(".kasmina." in name for name in tensors)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, 61))
+
+
+def test_training_went_on_between_order_and_graft(grown: dict[str, Any], stack: LocalStack) -> None:
+    history = stack.ok("history", "digits-1", "--json").document
+    for decision in history["decisions"]:
+        if decision["adaptation"] is not None:
+            decided_step = decision["epoch"] * 141
+            assert decision["adaptation"]["apply_step"] - decided_step == 141
+    assert len(history["decisions"]) == 59
+    assert all(decision["reason"] for decision in history["decisions"])
+
+
+def test_the_history_tells_the_story_and_replays(grown: dict[str, Any], stack: LocalStack) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        replayed = stack.run("replay", "digits-1", "--json")
+        if replayed.code == 0 or time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    assert replayed.code == 0, replayed.err
+
+
+def test_two_runs_of_one_configuration_end_in_the_same_bits(grown: dict[str, Any], stack: LocalStack) -> None:
+    again = stack.ok("start-run", "--quick-start", "digits", "--run-id", "digits-2", "--json").document
+    assert again["digest"] == grown["digest"]
+    assert [a["kernel"] for a in again["adaptations"]] == [a["kernel"] for a in grown["adaptations"]]
+
+
+def test_a_killed_trainer_costs_no_bit(grown: dict[str, Any], stack: LocalStack) -> None:
+    process = stack.start("start-run", "--quick-start", "digits", "--run-id", "digits-killed", "--json")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        shown = stack.run("show", "digits-killed", "--json")
+        if shown.code == 0 and shown.document["epochs"] >= 20:
+            break
+        time.sleep(0.2)
+    trainer = stack.claimed_trainer("digits-killed")
+    assert trainer is not None
+    os.kill(trainer, signal.SIGKILL)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    document = json.loads(out)
+    assert document["restarts"] == 1
+    assert document["digest"] == grown["digest"]
+
+
+def test_the_same_run_id_twice_is_a_conflict(grown: dict[str, Any], stack: LocalStack) -> None:
+    ended = stack.run("start-run", "--quick-start", "digits", "--run-id", "digits-1", "--json", "--output", "elsewhere")
+    assert ended.code == 5
+    assert json.loads(ended.err)["error"]["code"] == "ESP-501"
+    assert ended.out == ""
+    assert not (stack.home.parent / "elsewhere").exists()
+
+
+def test_pause_resume_and_stop(stack: LocalStack) -> None:
+    stack.ok("start-run", "--quick-start", "digits", "--run-id", "paused-1", "--detach", "--json")
+    assert stack.ok("show", "paused-1", "--json").document["outcome"] in {"running", "completed"}
+    stack.ok("pause", "paused-1")
+    deadline = time.monotonic() + 60
+    while stack.ok("show", "paused-1", "--json").document["outcome"] != "paused":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    stack.ok("resume", "paused-1")
+    stack.ok("stop", "paused-1")
+    deadline = time.monotonic() + 60
+    while (document := stack.ok("show", "paused-1", "--json").document)["outcome"] != "stopped":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert document["digest"] is not None
+    resumed = stack.ok("resume", "paused-1")
+    assert resumed.code == 0
+    deadline = time.monotonic() + 120
+    while (document := stack.ok("show", "paused-1", "--json").document)["outcome"] != "completed":
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert document["epochs"] == 60
+
+
+def test_runs_are_listed_and_logged(grown: dict[str, Any], stack: LocalStack) -> None:
+    assert "digits-1" in {entry["run_id"] for entry in stack.ok("list", "--json").document}
+    assert stack.ok("logs", "digits-1").out
+    assert stack.ok("seeds", "digits-1", "--json").document
+    assert stack.run("show", "digits-9").code == 6
+
+
+TASK = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+import esper
+
+
+def task(hidden=6):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(640, 5, generator=generator)
+    y = (x[:, :1] * x[:, 1:2]).tanh()
+    model = nn.Sequential(nn.Linear(5, hidden), nn.Tanh(), nn.Linear(hidden, 1))
+    return esper.Task(
+        model=model,
+        train=TensorDataset(x[:512], y[:512]),
+        validation=TensorDataset(x[512:], y[512:]),
+        loss=lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1]),
+    )
+"""
+
+CONFIG = """
+run: {name: mine, max_epochs: 3}
+task: {target: "my_task:task", arguments: {hidden: 8}}
+training: {batch_size: 32}
+"""
+
+
+def test_a_users_own_task_is_what_runs(stack: LocalStack, tmp_path: Path) -> None:
+    (tmp_path / "my_task.py").write_text(TASK)
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    document = stack.ok("start-run", "--config", "run.yaml", "--run-id", "mine-1", "--json", folder=tmp_path).document
+    assert document["outcome"] == "completed"
+    assert (tmp_path / document["output"] / "model.safetensors").exists()
+
+
+def test_a_broken_task_fails_with_its_own_code(stack: LocalStack, tmp_path: Path) -> None:
+    (tmp_path / "broken_task.py").write_text("def task():\n    raise RuntimeError('no data today')\n")
+    (tmp_path / "run.yaml").write_text(CONFIG.replace("my_task", "broken_task"))
+    ended = stack.run("start-run", "--config", "run.yaml", "--run-id", "broken-1", "--json", folder=tmp_path)
+    assert ended.code == 2
+    error = json.loads(ended.err.strip().splitlines()[-1])["error"]
+    assert error["code"].startswith("ESP-31")
+    assert "no data today" in error["message"] or "hidden" in error["message"]
+
+
+def test_losses_fall_and_epochs_follow_each_other(grown: dict[str, Any], stack: LocalStack) -> None:
+    output = stack.home.parent / grown["output"]
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert all(after["step"] - before["step"] == 141 for before, after in pairwise(lines))
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"] / 2
