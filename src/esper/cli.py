@@ -25,6 +25,7 @@ from esper.commands import runs
 from esper.commands import stack
 from esper.errors import EsperError
 from esper.errors import UsageError
+from esper.runtime.logs import OneLine
 
 INTERRUPTED = 130
 GLOBAL_FLAGS = frozenset({"-v", "-vv", "--verbose", "--debug"})
@@ -48,8 +49,10 @@ def global_options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Grow neural networks while they train: durable, replayable, certified."""
-    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    # What a person must know is said by the commands themselves; logs are for those who ask.
+    talk: logging.Handler = logging.StreamHandler(sys.stderr) if verbose else logging.NullHandler()
+    talk.setFormatter(OneLine())
+    logging.basicConfig(level=(logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)], handlers=[talk])
 
 
 app.command("start-run")(runs.start_run)

@@ -7,7 +7,7 @@
     │   ├── SiteError                  ESP-314       layers and sites
     │   ├── DeviceError                ESP-315       devices
     │   ├── DatasetError               ESP-340..345  data that cannot be trained on
-    │   ├── BlueprintError             ESP-410..426  blueprints, their IR and the limits of the forge
+    │   ├── BlueprintError             ESP-410..427  blueprints, their IR and the limits of the forge
     │   └── GrowthError                ESP-431..439  a graft, cull or fold that cannot be done
     ├── UnavailableError      exit 3   a service cannot be reached or data cannot be had
     │   ├── TemporalUnavailable        ESP-301..307

@@ -1,6 +1,8 @@
 """`config`, `db`, the output folder, and everything that `start-run` refuses before it does anything."""
 
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,7 +135,7 @@ REFUSED = [
     (["--quick-start", "digits", "--run-id", "../../etc"], 2, "ESP-209"),
     (["--quick-start", "digits", "--run-id", "x" * 300], 2, "ESP-209"),
     (["--quick-start", "digits", "--output", "../out"], 2, "ESP-208"),
-    (["--quick-start", "digits", "--set", "tamiyo.blueprints=[widn]"], 2, "ESP-421"),
+    (["--quick-start", "digits", "--set", "tamiyo.blueprints=[widn]"], 2, "ESP-204"),
     (["--quick-start", "digits", "--set", "tamiyo.policy=cleverest"], 2, "ESP-204"),
     (["--quick-start", "digits", "--set", "task.name=digts"], 2, "ESP-206"),
     (["--quick-start", "digits", "--set", "run.device=cuda:7"], 2, "ESP-315"),
@@ -233,3 +235,17 @@ def test_doctor_finds_what_is_wrong_and_probes_the_store(
     assert any(line.startswith("fail  temporal program: [ESP-306]") for line in lines)
     assert any(line.startswith("ok    objects:") and "put again" in line for line in lines)
     assert [path for path in (folder / "objects").rglob("*") if path.is_file()] == []
+
+
+def test_down_without_a_stack_says_so_and_makes_nothing(cli: Cli, home: Path) -> None:
+    assert cli("down").out == "nothing was running\n"
+    assert cli("down", "--json").json == {"ended": []}
+    assert not home.exists()
+
+
+def test_a_worker_role_that_does_not_exist_is_exit_2(folder: Path) -> None:
+    command = [sys.executable, "-m", "esper", "worker", "wizard"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error[ESP-")
+    assert "orchestrator" in done.stderr

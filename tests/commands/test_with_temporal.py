@@ -99,6 +99,8 @@ def test_the_same_run_id_twice_is_a_conflict(cli: Cli, worker: None, run_id: str
     again = cli(*start(run_id, "finishes", "--output", "other", "--json"))
     assert (again.code, again.error["code"], again.error["run_id"]) == (5, "ESP-501", run_id)
     assert not (folder / "other").exists()
+    default = cli(*start(run_id, "finishes", "--json"))
+    assert (default.code, default.error["code"]) == (5, "ESP-501")
 
 
 def test_a_run_that_only_the_server_knows_is_a_conflict_too(cli: Cli, worker: None, run_id: str, home: Path) -> None:

@@ -430,3 +430,87 @@ def test_fused_encoder_path_is_left_only_where_something_is_grown() -> None:
         torch.testing.assert_close(plain(x), grown)
         esper.cull(model, "encoder.layers.1.linear1")
         assert torch.equal(model(x), fused)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_widen_survives_activation_checkpointing(zoo: Any, reentrant: bool) -> None:
+    model, x = zoo.make("mlp")
+    esper.wrap(model, example_inputs=x)
+    esper.graft(model, "fc1", "widen")
+    nn.init.normal_(model.fc1.kasmina["0"].up.weight)
+    x.requires_grad_()
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    body: Callable[..., Any] = model.forward
+    output = torch.utils.checkpoint.checkpoint(body, x, use_reentrant=reentrant)
+    output.square().sum().backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert not state_of(model.fc1).outbound[0]._pending
+
+
+def test_in_place_activations_are_matched_by_their_storage() -> None:
+    class InPlace(Towers):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            left, right = self.fc1(a), self.fc1(b)
+            return self.fc2(right.tanh_()) + 3 * self.fc2(left.tanh_())
+
+    a, b = torch.randn(5, 4), torch.randn(5, 4)
+    model = esper.wrap(InPlace(), example_inputs=(a, b))
+    esper.graft(model, "fc1", "widen")
+    nn.init.normal_(model.fc1.kasmina["0"].up.weight)
+    with torch.no_grad():
+        single = [model.fc2(torch.tanh(model.fc1(t))) for t in (b, a)]
+        torch.testing.assert_close(model(a, b), single[0] + 3 * single[1])
+
+
+def test_a_nan_in_an_old_seed_does_not_stop_others_from_being_culled(zoo: Any) -> None:
+    model, x = zoo.make("mlp")
+    esper.wrap(model, example_inputs=x)
+    with esper.dormant(model):
+        host = model(x)
+    esper.graft(model, "fc1", "bottleneck")
+    with torch.no_grad():
+        model.fc1.kasmina["0"].up.weight.fill_(float("nan"))
+    assert bool(model(x).isnan().any())
+    esper.cull(model, "fc1")
+    assert torch.equal(model(x), host)
+
+
+def test_layers_of_a_users_own_class_grow_too() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor, scale: float = 2.0) -> Tensor:
+            return scale * super().forward(input)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Scaled(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(input=x, scale=3.0)
+
+    x = torch.randn(5, 4)
+    model = Net()
+    expected = model(x)
+    esper.wrap(model)
+    assert torch.equal(model(x), expected)
+    esper.graft(model, "layer", "lowrank")
+    assert torch.equal(model(x), expected)
+    esper.fossilize(model)
+    assert not esper.status(model).sites[0].seeds[0].folded
+    with torch.no_grad():
+        model.layer.kasmina["0"].up.weight.fill_(0.1)
+    grown = model(x)
+    torch.testing.assert_close(esper.unwrap(model)(x), grown)
+
+
+def test_sequences_and_unbatched_inputs_grow(zoo: Any) -> None:
+    model = esper.wrap(zoo.mlp(), example_inputs=torch.randn(2, 7, 6))
+    before = model(torch.randn(3, 7, 6, generator=torch.Generator().manual_seed(0)))
+    esper.graft(model, "fc1", "bottleneck")
+    esper.graft(model, "fc1", "widen")
+    assert torch.equal(model(torch.randn(3, 7, 6, generator=torch.Generator().manual_seed(0))), before)
+    single = esper.wrap(zoo.mlp(), example_inputs=torch.randn(6))
+    esper.graft(single, "fc2", "bottleneck")
+    assert single(torch.randn(6)).shape == (3,)

@@ -8,8 +8,7 @@ from local_stack import LocalStack
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
-    # Never more than one workflow cached: every workflow task replays the history from its first event.
-    local = LocalStack(tmp_path_factory.mktemp("stack") / "home", ESPER_MAX_CACHED_WORKFLOWS="0")
+    local = LocalStack(tmp_path_factory.mktemp("stack") / "home")
     local.ok("up")
     try:
         yield local

@@ -79,6 +79,15 @@ def test_two_runs_of_one_configuration_end_in_the_same_bits(grown: dict[str, Any
     assert [a["kernel"] for a in again["adaptations"]] == [a["kernel"] for a in grown["adaptations"]]
 
 
+def test_a_run_replayed_at_every_workflow_task_ends_in_the_same_bits(grown: dict[str, Any], tmp_path: Path) -> None:
+    forgetful = LocalStack(tmp_path / "home", ESPER_MAX_CACHED_WORKFLOWS="0")
+    try:
+        again = forgetful.ok("start-run", "--quick-start", "digits", "--run-id", "digits-1", "--json").document
+    finally:
+        forgetful.ok("down")
+    assert again["digest"] == grown["digest"]
+
+
 def test_a_killed_trainer_costs_no_bit(grown: dict[str, Any], stack: LocalStack) -> None:
     process = stack.start("start-run", "--quick-start", "digits", "--run-id", "digits-killed", "--json")
     deadline = time.monotonic() + 120

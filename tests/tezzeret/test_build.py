@@ -16,7 +16,9 @@ from esper.errors import IntegrityError
 from esper.runtime.tezzeret.blueprints import cost
 from esper.runtime.tezzeret.build import SiteSamples
 from esper.runtime.tezzeret.build import build_kernel
+from esper.runtime.tezzeret.build import files_of
 from esper.runtime.tezzeret.build import load_kernel
+from esper.runtime.tezzeret.ir import parse_graph
 from esper.runtime.tezzeret.samples import pack_samples
 from esper.runtime.tezzeret.samples import samples_for
 from esper.runtime.tezzeret.samples import unpack_samples
@@ -68,6 +70,7 @@ def conv2d_cases(draw):
     return site, draw(st.sampled_from(["bottleneck", "lowrank"])), {"rank": draw(st.integers(1, 6))}
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @settings(max_examples=40, deadline=None)
 @given(st.one_of(linear_cases(), conv2d_cases()), st.booleans(), st.integers(0, 2**31 - 1))
 def test_a_newborn_is_exactly_zero_learns_everywhere_and_costs_what_it_says(case, with_samples, seed):
@@ -112,6 +115,7 @@ import torch
 from pathlib import Path
 from esper.contracts.assets import SiteContract
 from esper.runtime.tezzeret.build import build_kernel
+from esper.runtime.tezzeret.build import files_of
 from esper.runtime.tezzeret.samples import unpack_samples
 torch.set_num_threads(1)
 torch.manual_seed(123)
@@ -281,6 +285,25 @@ def test_updown_shows_the_two_layers_and_the_activation(linear_site, conv2d_site
         assert found == activation
         assert down is kernel.get_submodule("down")
         assert up is kernel.get_submodule("up")
+
+
+def test_a_kernel_of_another_form_has_no_updown_but_runs(linear_site):
+    def linear(node_id: str, source: str, out: int) -> dict[str, object]:
+        return {"id": node_id, "op": "linear", "inputs": [source], "attributes": {"out_features": out, "bias": True}}
+
+    document = {
+        "inputs": {"x": [12]},
+        "nodes": [linear("forward", "x", 3), linear("a-b", "forward", 4), linear("up", "a-b", 7)],
+        "outputs": ["up"],
+    }
+    graph = parse_graph(document)
+    files = files_of(graph, linear_site, seed=0, samples=None, blueprint="bottleneck", hyperparameters={})
+    kernel = load_kernel(files, files.digest)
+    assert kernel.updown() is None
+    assert not kernel(torch.randn(2, 12)).detach().any()
+    assert {name for name, _ in kernel.named_parameters()} == {
+        f"{node}.{tensor}" for node in ("forward", "a-b", "up") for tensor in ("weight", "bias")
+    }
 
 
 def test_the_default_device_and_dtype_of_the_user_do_not_matter(linear_site, draw_samples):

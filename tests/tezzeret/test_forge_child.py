@@ -1,6 +1,8 @@
 import asyncio
 import os
 import signal
+import socket
+import struct
 import threading
 import time
 from pathlib import Path
@@ -16,6 +18,12 @@ from esper.runtime.tezzeret.forge_child import ForkServer
 from esper.runtime.tezzeret.forge_child import build_in_child
 from esper.runtime.tezzeret.forge_child import certify_in_child
 from esper.runtime.tezzeret.forge_child import scrubbed_environment
+from esper.runtime.tezzeret.forge_jobs import JOBS
+from esper.runtime.tezzeret.forge_jobs import SAMPLES
+from esper.runtime.tezzeret.forge_server import perform
+from esper.runtime.tezzeret.frames import receive_message
+from esper.runtime.tezzeret.frames import send_message
+from esper.runtime.tezzeret.samples import pack_samples
 
 PATIENT = {"timeout_s": 120.0, "memory_mb": 4096}
 
@@ -188,3 +196,37 @@ def test_a_server_that_cannot_start_says_so():
     server = ForkServer(jobs="no_such_module_of_jobs")
     with pytest.raises(BlueprintError, match="did not start"):
         server.start()
+
+
+def test_the_jobs_themselves_are_data_in_and_data_out(linear_site, draw_samples):
+    """In this process: what the children of the other tests do."""
+    samples = [pack_samples({SAMPLES: draw_samples(linear_site)})]
+    arguments = {
+        "blueprint": "lowrank",
+        "site": linear_site.model_dump(mode="json"),
+        "hyperparameters": {"rank": 2},
+        "seed": 0,
+        "max_parameters": 1000,
+    }
+    answer, files = perform(JOBS, "build", arguments, samples)
+    assert answer == {"ok": {}}
+    answer, rest = perform(JOBS, "certify", {"optimizer": None, "compile": False}, [*files, *samples])
+    assert answer["ok"]["certificate"]["passed"]
+    assert rest == []
+    answer, _ = perform(JOBS, "build", arguments | {"max_parameters": 1}, [])
+    assert answer["error"]["code"] == "ESP-416"
+    answer, _ = perform(JOBS, "build", {}, [])
+    assert answer == {"crash": "KeyError: 'blueprint'"}
+
+
+def test_a_message_that_is_none_is_refused():
+    one, two = socket.socketpair()
+    with one, two:
+        one.sendall(struct.pack(">Q", 2**40))
+        with pytest.raises(ValueError, match="a frame of"):
+            receive_message(two)
+        send_message(one, {"a": 1}, [b""] * 9)
+        with pytest.raises(ValueError, match="9 byte strings"):
+            receive_message(two)
+        with pytest.raises(TimeoutError):
+            receive_message(one, deadline=time.monotonic() - 1)

@@ -194,7 +194,7 @@ mutations = st.dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(mutations)
 def test_any_mutation_is_either_a_graph_or_a_clear_error(change):
     try:
@@ -203,7 +203,7 @@ def test_any_mutation_is_either_a_graph_or_a_clear_error(change):
         assert "ESP-410" <= error.code <= "ESP-420"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_clear_error(data):
     assert refused(data).code in {"ESP-419", "ESP-420"}

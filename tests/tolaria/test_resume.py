@@ -30,7 +30,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def each_step(monkeypatch):
-    monkeypatch.setattr("esper.runtime.tolaria.turns.BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("esper.runtime.tolaria.live.turns.BEAT_SECONDS", 0.0)
 
 
 def kill_at(step):
@@ -68,7 +68,12 @@ def test_resume_in_the_middle_of_an_epoch_in_another_process_changes_no_bit(worl
         assert head.step == 25 and head.epoch == 3
         configs[name] = config.model_dump(mode="json")
     child = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "tolaria_resume_child.py"), str(world.folder), json.dumps(configs)],
+        [
+            sys.executable,
+            str(Path(__file__).parent / "tolaria_resume_child.py"),
+            str(world.folder),
+            json.dumps(configs),
+        ],
         capture_output=True,
         text=True,
         timeout=240,
@@ -81,8 +86,10 @@ def test_resume_in_the_middle_of_an_epoch_in_another_process_changes_no_bit(worl
     assert {name: result["digest"] for name, result in found.items()} == expected
 
 
-@pytest.mark.parametrize("target", ["tolaria_tasks:small", "tolaria_tasks:noisy"])
-@pytest.mark.parametrize("at", [2, 5, 8, 9])
+@pytest.mark.parametrize(
+    ("target", "at"),
+    [("tolaria_tasks:small", 2), ("tolaria_tasks:small", 9), ("tolaria_tasks:noisy", 6), ("tolaria_tasks:noisy", 8)],
+)
 def test_kill_without_a_checkpoint_goes_back_to_the_head_and_ends_in_the_same_bits(drive, each_step, target, at):
     config = make_config(target, run={"max_epochs": 3}, training={"batch_size": 16})
     whole = drive(config, run_id="whole")
@@ -198,28 +205,25 @@ def test_other_thread_count_is_allowed_and_told(drive):
 
 
 @pytest.mark.parametrize(
-    ("damage", "code"),
-    [
-        (lambda data: b"", "ESP-402"),
-        (lambda data: data[:-1], "ESP-402"),
-        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "ESP-401"),
-    ],
+    "damage",
+    [lambda data: b"", lambda data: data[:-1], lambda data: data[:-1] + bytes([data[-1] ^ 1])],
     ids=["empty", "truncated", "flipped"],
 )
-@pytest.mark.parametrize("which", ["manifest", "model", "optimizer", "random"])
-def test_damaged_checkpoint_is_refused(drive, world, damage, code, which):
+def test_damaged_checkpoint_is_refused(drive, world, damage):
     driver = drive(make_config())
     driver.train(1)
     lease = world.call(world.library.claim("run", "other"))
     ledger = world.call(world.library.take_over(lease))
     document = json.loads(world.objects.get(ledger.manifest))
-    digest = ledger.manifest.digest if which == "manifest" else document[which]["digest"]
-    path = world.folder / "objects" / Path("sha256") / digest.removeprefix("sha256:")
-    assert path.exists()
-    path.chmod(0o600)
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(IntegrityError):
-        Session.load(make_config(), ledger, world.store)
+    for digest in (ledger.manifest.digest, *(document[part]["digest"] for part in ("model", "optimizer", "random"))):
+        path = world.folder / "objects" / "sha256" / digest.removeprefix("sha256:")
+        whole = path.read_bytes()
+        path.chmod(0o600)
+        path.write_bytes(damage(whole))
+        with pytest.raises(IntegrityError) as caught:
+            Session.load(make_config(), ledger, world.store)
+        assert caught.value.code == "ESP-407"
+        path.write_bytes(whole)
 
 
 def test_missing_graft_below_the_head_is_an_integrity_stop(drive, world):

@@ -50,6 +50,13 @@ def small(rows: int = 200, dropout: float = 0.1) -> Task:
     return Task(Small(dropout), train, validation, small_loss, test=validation, metrics=accuracy)
 
 
+def spiky() -> Task:
+    """Every third row has one feature a thousand times larger than the rest."""
+    task = small()
+    task.train.tensors[0][::3, 0] = 1000.0
+    return task
+
+
 class Rows(Dataset):
     """A map-style dataset of dicts that draws noise from torch's global generator for every row."""
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,8 @@ from esper.runtime.tezzeret.samples import SiteSamples
 from esper.runtime.tezzeret.samples import samples_for
 from esper.runtime.tezzeret.samples import unpack_samples
 from esper.runtime.urza.connections import Connections
+
+log = logging.getLogger(__name__)
 
 
 def kernel_seed(run_seed: int, number: int) -> int:
@@ -69,6 +72,7 @@ class TezzeretActivities:
             weights=store.put(files.weights),
             parameter_count=manifest.parameter_count,
         )
+        log.info("built %s for %s: %s", kernel.blueprint, kernel.site.site, kernel.digest)
         return BuiltKernel(kernel=kernel)
 
     @activity.defn(name=names.CERTIFY_KERNEL.name, no_thread_cancel_exception=True)
@@ -86,11 +90,12 @@ class TezzeretActivities:
         )
         if not certificate.passed:
             raise BlueprintError(
-                "ESP-421",
+                "ESP-427",
                 f"kernel {kernel.digest[:19]} ({kernel.blueprint} for {kernel.site.site}) fails its birth "
                 f"certificate: {'; '.join(certificate.failures)}",
                 hint="nothing was grafted; the run goes on",
             )
+        log.info("certified %s", kernel.digest)
         return PublishRequest(kernel=kernel, certificate=certificate, build=build)
 
     @activity.defn(name=names.PUBLISH_KERNEL.name)

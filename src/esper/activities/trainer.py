@@ -5,6 +5,7 @@ cancellation never interrupts a step: it is noticed with the next beat.
 """
 
 import asyncio
+import logging
 import os
 import sys
 import threading
@@ -44,6 +45,8 @@ from esper.errors import LeaseLost
 from esper.runtime.tolaria.session import Session
 from esper.runtime.urza.connections import Connections
 from esper.runtime.urza.library import Library
+
+log = logging.getLogger(__name__)
 
 
 class TrainerActivities:
@@ -93,6 +96,7 @@ class TrainerActivities:
         self.lease = await library.claim(request.run_id, self.task_queue)
         self._library = library
         self.claimed.set()
+        log.info("claimed by run %s under lease %d", request.run_id, self.lease.lease_gen)
         return self.lease
 
     @activity.defn(name=names.LOAD_RUN.name, no_thread_cancel_exception=True)
@@ -108,23 +112,30 @@ class TrainerActivities:
             ledger = asyncio.run_coroutine_threadsafe(library.take_over(request.lease), self._loop).result()
             store = UrzaStore(self._loop, library, self._connections.store(request.config.urza), request.lease)
             self._session = Session.load(request.config, ledger, store)
-            return self._session.describe()
+            loaded = self._session.describe()
+            log.info("loaded %s at epoch %d, step %d", loaded.model_name, loaded.epoch, loaded.step)
+            return loaded
 
     @activity.defn(name=names.TRAIN_EPOCH.name, no_thread_cancel_exception=True)
     def train_epoch(self, request: EpochRequest) -> EpochResult:
         """Train to the end of one epoch; on SIGTERM commit where it stands and let another process go on."""
         with draining_to_failure(), self._working(request.lease) as session:
             try:
-                return session.train_epoch(request, beat)
+                result = session.train_epoch(request, beat)
             except Draining:
+                log.info("draining: committed where training stood")
                 session.checkpoint(hold=True)
                 raise
+            log.info("epoch %d %s at step %d", result.epoch, result.status.value, result.step)
+            return result
 
     @activity.defn(name=names.INSTALL_KERNEL.name, no_thread_cancel_exception=True)
     def install_kernel(self, request: InstallRequest) -> InstallResult:
         """Fetch, verify and build a kernel while training goes on, and record the step of its graft."""
         with pulse("installing"), self._working(request.lease) as session:
-            return session.install(request.delivery)
+            result = session.install(request.delivery)
+            log.info("kernel of %s: %s", result.adaptation_id, result.reason)
+            return result
 
     @activity.defn(name=names.ABANDON_KERNEL.name, no_thread_cancel_exception=True)
     def abandon_kernel(self, request: AbandonRequest) -> InstallResult:
@@ -136,7 +147,9 @@ class TrainerActivities:
     def judge_seed(self, request: JudgeRequest) -> JudgeReport:
         """Train the twin and take the verdict."""
         with draining_to_failure(), self._working(request.lease) as session:
-            return session.judge(request.adaptation_id, beat)
+            report = session.judge(request.adaptation_id, beat)
+            log.info("verdict on %s: %s, %s", report.adaptation_id, report.verdict.value, report.reason)
+            return report
 
     @activity.defn(name=names.REMOVE_SEED.name, no_thread_cancel_exception=True)
     def remove_seed(self, request: RemoveRequest) -> InstallResult:
@@ -156,6 +169,7 @@ class TrainerActivities:
         with pulse("finishing"), self._working(request.lease) as session:
             finished = session.finish() if request.finish else session.unfinished()
             session.close()
+        log.info("released: %s", request.outcome.value)
         self._loop.call_soon_threadsafe(self.released.set)
         return finished
 

@@ -21,11 +21,13 @@ from esper.contracts.orders import RunDocument
 from esper.contracts.orders import RunRecord
 from esper.errors import ConfigurationError
 from esper.runtime.configuration import check_output
+from esper.runtime.configuration import dump_config
 
 ENDED = frozenset({Outcome.COMPLETED, Outcome.STOPPED, Outcome.FAILED})
 _FOLDER_HINT = "Name another folder with --output"
 METRICS_FILE = "metrics.jsonl"
 HISTORY_FILE = "history.json"
+CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ def metrics_lines(view: RunView) -> str:
 def own_files(view: RunView) -> dict[str, bytes]:
     """The output files that follow from Urza's rows alone, whether the run has ended or not."""
     return {
+        CONFIG_FILE: dump_config(view.record.config).encode(),
         METRICS_FILE: metrics_lines(view).encode(),
         HISTORY_FILE: (json.dumps(history_document(view), indent=2, allow_nan=False) + "\n").encode(),
     }

@@ -24,7 +24,8 @@ def epoch_summary(epoch: int, last: EpochReport | None, live_kernels: int) -> st
     """The timeline row of one epoch: what was known when it was ordered."""
     if last is None:
         return f"epoch {epoch}"
-    return f"epoch {epoch} | val {last.metrics.val_loss:.4g} after {last.epoch} | {live_kernels} seeds active"
+    noun = "seed" if live_kernels == 1 else "seeds"
+    return f"epoch {epoch} | val {last.metrics.val_loss:.4g} after {last.epoch} | {live_kernels} {noun} active"
 
 
 def clipped(text: str) -> str:

@@ -199,10 +199,10 @@ async def no_worker(connected: Client, run_id: str, waited: float) -> EsperError
         task_queue_type=TaskQueueType.TASK_QUEUE_TYPE_WORKFLOW,
     )
     described = await connected.workflow_service.describe_task_queue(request)
-    polled = "polls, but is busy or stuck" if described.pollers else "no worker polls it"
+    lately = ", although one has polled it in the last minutes" if described.pollers else ""
     return TemporalUnavailable(
         "ESP-307",
-        f"run {run_id} was not taken up from task queue {queues.ORCHESTRATION!r} within {waited:.0f} s: {polled}",
+        f"no worker polls {queues.ORCHESTRATION!r} (waited {waited:g} s){lately}: run {run_id} was not taken up",
         hint="Start `esper-cli worker orchestrator trainer tamiyo forge`; the run waits for one",
         run_id=run_id,
     )

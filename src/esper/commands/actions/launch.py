@@ -36,7 +36,6 @@ from esper.contracts.orders import TrainingRequest
 from esper.errors import ConfigurationError
 from esper.errors import NotFoundError
 from esper.errors import RunConflict
-from esper.errors import TargetError
 from esper.runtime.configuration import check_run_id
 from esper.runtime.configuration import list_quick_starts
 from esper.runtime.configuration import load_config
@@ -46,7 +45,8 @@ from esper.runtime.run_document import check_output_folder
 from esper.runtime.run_document import document_json
 from esper.runtime.run_document import write_output_folder
 from esper.runtime.temporal import queues
-from esper.runtime.tezzeret.blueprints import get_blueprint
+from esper.runtime.tolaria.targets import no_such_module
+from esper.runtime.tolaria.targets import refuse_standard
 from esper.runtime.urza.library import Library
 from esper.workflows import presentation
 
@@ -76,16 +76,20 @@ def prepare(
 ) -> Prepared:
     """Check configuration, names, paths and the run id. Writes nothing and contacts nothing.
 
-    Raises `ConfigurationError` (ESP-201..212), `TargetError` (ESP-310..313), `BlueprintError`.
+    Raises `ConfigurationError` (ESP-201..212), `TargetError` (ESP-310), `DeviceError`, `DataUnavailable`.
     """
     for name in LEAST:
         check_version(name)
     resolved = connections.read_configuration(quick_start, config, values)
     chosen = check_run_id(run_id) if run_id is not None else new_run_id(resolved.run.name)
     named = output_folder or f"results/{chosen}"
-    folder = check_output_folder(named)
-    for blueprint in resolved.tamiyo.blueprints:
-        get_blueprint(blueprint)
+    try:
+        folder = check_output_folder(named)
+    except ConfigurationError:
+        if output_folder is None:
+            # The default folder is most likely full because that very run wrote it: then this is a conflict of ids.
+            asyncio.run(_refuse_recorded(resolved, chosen))
+        raise
     connections.check_remote(resolved)
     if connections.is_local(resolved):
         check_on_this_machine(resolved)
@@ -148,13 +152,8 @@ def check_task_name(name: str) -> None:
 def check_target(target: str) -> None:
     """Whether the module of `task.target` can be found, without importing it; what only an import shows, the
     worker says with the same codes. Raises `TargetError` (ESP-310)."""
+    refuse_standard(target)
     top = target.partition(":")[0].partition(".")[0]
-    if top in sys.stdlib_module_names or top in sys.builtin_module_names:
-        raise TargetError(
-            "ESP-310",
-            f"task.target {target!r}: {top!r} belongs to Python itself and is refused",
-            hint="Give package.module:function of your own code, a function that returns esper.Task",
-        )
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
@@ -164,11 +163,7 @@ def check_target(target: str) -> None:
     finally:
         sys.path.remove(here)
     if found is None:
-        raise TargetError(
-            "ESP-310",
-            f"task.target {target!r}: there is no module {top!r}",
-            hint="Start from the folder that holds it, put that folder on PYTHONPATH, or install the package",
-        )
+        raise no_such_module(target, top)
 
 
 def start(prepared: Prepared, *, detach: bool, as_json: bool) -> int:
@@ -322,6 +317,12 @@ async def update(run_id: str, name: str, payload: Payload) -> dict[str, object]:
             run_id=run_id,
         )
     return await connections.execute_update(client, run_id, name, payload)
+
+
+async def _refuse_recorded(config: EsperConfig, run_id: str) -> None:
+    async with connections.library(config.urza) as library:
+        if library is not None:
+            await _refuse_existing(library, run_id)
 
 
 async def _refuse_existing(library: Library, run_id: str) -> None:

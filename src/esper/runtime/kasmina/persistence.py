@@ -6,6 +6,7 @@ Nothing is ever unpickled, and one flipped bit in either file is refused. Codes 
     ESP-404 damaged kernel manifest     ESP-408 of another architecture than the base
 """
 
+import glob
 import json
 import os
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from esper.contracts.base import Digest
 from esper.errors import ConfigurationError
 from esper.errors import GrowthError
 from esper.errors import IntegrityError
+from esper.runtime.kasmina.cache import kernel_cache
 from esper.runtime.kasmina.digest import weights_digest
 from esper.runtime.kasmina.manifest import GrowthManifest
 from esper.runtime.kasmina.manifest import added_units
@@ -84,8 +86,9 @@ def load(folder: str | Path, base: M) -> M:
     document = _read_growth(path / GROWTH_FILE)
     tensors = _read_weights(path / WEIGHTS_FILE, document)
     _check_base(base, document, tensors)
-    names = [site.site for site in document.growth.sites]
-    wrap(base, names, seeds_per_layer=document.growth.seeds_per_layer)
+    names = [glob.escape(site.site) for site in document.growth.sites]
+    held = max(1, kernel_cache().limit // 2**20)
+    wrap(base, names, seeds_per_layer=document.growth.seeds_per_layer, cache_size_mb=held)
     rebuild(base, document.growth)
     base.load_state_dict(tensors, strict=True)
     found = weights_digest(base)

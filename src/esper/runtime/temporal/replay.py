@@ -1,5 +1,6 @@
 """Replays a workflow's stored history on the present code: clean, or the first divergence by event."""
 
+import asyncio
 import json
 import re
 from collections.abc import Sequence
@@ -13,12 +14,16 @@ from temporalio.workflow import NondeterminismError
 from esper.errors import IntegrityError
 from esper.runtime.temporal.plugin import EsperPlugin
 
-_EVENT_ID = re.compile(r"HistoryEvent\(id: (\d+)|event[ _]id:? (\d+)", re.IGNORECASE)
+_SHORTEST = 3
+"""Events before the first workflow task has started: nothing is replayed of fewer, and the replayer waits for more."""
+
+_PREFIX_SECONDS = 20.0
+"""For replaying one prefix; a divergence that is not found in time is reported without its event."""
 
 
 @dataclass(frozen=True)
 class ReplayReport:
-    """What replaying one history found. `event_id` is that of the first divergence where the server's core names it."""
+    """What replaying one history found. `event_id` is that of the first event that the code does not lead to."""
 
     workflow_id: str
     workflow_type: str
@@ -36,18 +41,47 @@ async def replay_history(history: str | dict[str, Any], workflows: Sequence[type
     """
     document = parse_history(history)
     workflow_id, workflow_type = _identity(document)
-    report = ReplayReport(workflow_id, workflow_type, len(document["events"]), clean=True)
-    replayer = Replayer(workflows=workflows, plugins=[EsperPlugin()])
-    result = await replayer.replay_workflow(
-        WorkflowHistory.from_json(workflow_id, document), raise_on_replay_failure=False
+    events: list[dict[str, Any]] = document["events"]
+    failure = await _failure(workflow_id, events, workflows)
+    if failure is None:
+        return ReplayReport(workflow_id, workflow_type, len(events), clean=True)
+    kind = "" if isinstance(failure, NondeterminismError) else f"{type(failure).__name__}: "
+    return ReplayReport(
+        workflow_id,
+        workflow_type,
+        len(events),
+        clean=False,
+        event_id=await _first_divergence(workflow_id, events, workflows),
+        message=kind + _sentence(failure),
     )
-    if result.replay_failure is None:
-        return report
-    message = " ".join(str(result.replay_failure).split())
-    found = _EVENT_ID.search(message)
-    event_id = int(next(group for group in found.groups() if group)) if found else None
-    kind = "" if isinstance(result.replay_failure, NondeterminismError) else f"{type(result.replay_failure).__name__}: "
-    return ReplayReport(workflow_id, workflow_type, report.events, False, event_id, kind + message)
+
+
+async def _failure(workflow_id: str, events: list[dict[str, Any]], workflows: Sequence[type]) -> Exception | None:
+    history = WorkflowHistory.from_json(workflow_id, {"events": events})
+    replayer = Replayer(workflows=workflows, plugins=[EsperPlugin()])
+    return (await replayer.replay_workflow(history, raise_on_replay_failure=False)).replay_failure
+
+
+async def _first_divergence(workflow_id: str, events: list[dict[str, Any]], workflows: Sequence[type]) -> int | None:
+    """The server's core seldom names the event. A prefix diverges exactly when it holds the first diverging event,
+    so halving finds it, in as many replays as the length has binary digits."""
+    low, high = _SHORTEST, len(events)
+    try:
+        while low < high:
+            middle = (low + high) // 2
+            async with asyncio.timeout(_PREFIX_SECONDS):
+                diverges = await _failure(workflow_id, events[:middle], workflows) is not None
+            low, high = (low, middle) if diverges else (middle + 1, high)
+    except TimeoutError:
+        return None
+    return int(events[high - 1]["eventId"])
+
+
+def _sentence(failure: Exception) -> str:
+    """What the core says, without the frame of its own structures."""
+    text = " ".join(str(failure).split())
+    found = re.search(r'message: "((?:[^"\\]|\\.)*)"', text)
+    return found.group(1) if found else text
 
 
 def parse_history(history: str | dict[str, Any]) -> dict[str, Any]:

@@ -124,18 +124,13 @@ class KernelModule(GraphModule):
     def updown(self) -> tuple[nn.Module, str, nn.Module] | None:
         """(down, activation, up) when the kernel is up(act(down(x))), else None: what a wide bank concatenates.
         The activation of a kernel without one, up(down(x)), is `identity`."""
-        order = [node_id for node_id, _ in self._plan]
-        chained = all(inputs == (before,) for (_, inputs), before in zip(self._plan, [INPUT, *order], strict=False))
-        if not chained or order[-1] != self._output:
+        nodes = check_graph(self.manifest.graph).nodes
+        before = (INPUT, *(node.id for node in nodes))
+        chained = all(node.inputs == (name,) for node, name in zip(nodes, before, strict=False))
+        between = tuple(node.op for node in nodes[1:-1])
+        ends = nodes[0].op == nodes[-1].op and nodes[0].op in {"linear", "conv2d"}
+        if not chained or not ends or len(nodes) < 2 or between not in {(), ("activation",)}:
             return None
-        modules = [self._modules[node_id] for node_id in order]
-        ops = [node.op for node in check_graph(self.manifest.graph).nodes]
-        down, up = modules[0], modules[-1]
-        if down is None or up is None or not {ops[0], ops[-1]} <= {"linear", "conv2d"}:
-            return None
-        if len(ops) == 2:
-            return down, "identity", up
-        if len(ops) == 3 and ops[1] == "activation":
-            name = check_graph(self.manifest.graph).nodes[1].attributes.name
-            return down, str(name), up
-        return None
+        activation = str(nodes[1].attributes.name) if between else "identity"
+        children = dict(self.named_children())
+        return children[nodes[0].id], activation, children[nodes[-1].id]

@@ -28,13 +28,13 @@ from esper.runtime.kasmina.manifest import GrowthManifest
 from esper.runtime.kasmina.manifest import growth_manifest
 from esper.runtime.kasmina.manifest import rebuild
 from esper.runtime.tezzeret.ir import canonical_json
+from esper.runtime.tolaria.live.run_state import RunState
 from esper.runtime.tolaria.optimizer_state import GroupRecord
 from esper.runtime.tolaria.optimizer_state import OptimizerState
 from esper.runtime.tolaria.optimizer_state import capture_optimizer
 from esper.runtime.tolaria.optimizer_state import restore_optimizer
 from esper.runtime.tolaria.randomness import RandomState
 from esper.runtime.tolaria.randomness import capture_random_state
-from esper.runtime.tolaria.run_state import RunState
 from esper.runtime.tolaria.trainee import Trainee
 
 SCHEMA_VERSION = 1
@@ -152,8 +152,15 @@ def write(taken: Snapshot, put: Put) -> ArtifactRef:
     return put(canonical_json(manifest.model_dump(mode="json")))
 
 
-def restore(manifest: ArtifactRef, get: Get) -> Restored:
-    """Read a checkpoint back. Raises `IntegrityError` (ESP-407, ESP-408, and what `get` raises for damaged bytes)."""
+def restore(manifest: ArtifactRef, fetch: Get) -> Restored:
+    """Read a checkpoint back. Raises `IntegrityError` (ESP-407, ESP-408), or what the store raises when it is away."""
+
+    def get(ref: ArtifactRef) -> bytes:
+        try:
+            return fetch(ref)
+        except IntegrityError as error:
+            raise _damaged(error.message) from error
+
     document = _manifest(get(manifest))
     return Restored(
         manifest=document,

@@ -34,7 +34,7 @@ def check_task(task: Task, batch_size: int) -> None:
     empty, ESP-341 too few rows, ESP-342 label out of range, ESP-343 NaN or infinity, ESP-344 batch larger than the
     data, ESP-345 rows of different shape; `TargetError` (ESP-312, 313) when the loss or a row cannot be had.
     """
-    splits = {"train": task.train, "validation": task.validation} | ({"test": task.test} if task.test else {})
+    splits = {"train": task.train, "validation": task.validation} | ({} if task.test is None else {"test": task.test})
     for name, dataset in splits.items():
         _check_size(name, dataset)
     rows = len(task.train)  # type: ignore[arg-type]

@@ -46,7 +46,7 @@ def capture_random_state() -> RandomState:
         "numpy": torch.from_numpy(keys.astype(numpy.int64)),
         "torch": torch.get_rng_state().clone(),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         for index, state in enumerate(torch.cuda.get_rng_state_all()):
             tensors[f"cuda.{index}"] = state.clone()
     return RandomState(tensors, version, gauss, int(position), int(has_gauss), float(cached))

@@ -27,23 +27,23 @@ from esper.contracts.orders import LoadedRun
 from esper.errors import EsperError
 from esper.errors import RunFailed
 from esper.runtime.kasmina.digest import weights_digest
-from esper.runtime.tolaria import deliveries
-from esper.runtime.tolaria.boundary import judge_is_due
-from esper.runtime.tolaria.boundary import pass_boundary
-from esper.runtime.tolaria.boundary import serve_checkpoints
-from esper.runtime.tolaria.boundary import take_verdict
-from esper.runtime.tolaria.epoch_report import close_epoch
-from esper.runtime.tolaria.export import export_files
-from esper.runtime.tolaria.export import final_metrics
-from esper.runtime.tolaria.loading import Loaded
-from esper.runtime.tolaria.loading import load_run
+from esper.runtime.tolaria.live import deliveries
+from esper.runtime.tolaria.live.boundary import judge_is_due
+from esper.runtime.tolaria.live.boundary import pass_boundary
+from esper.runtime.tolaria.live.boundary import serve_checkpoints
+from esper.runtime.tolaria.live.boundary import take_verdict
+from esper.runtime.tolaria.live.epoch_report import close_epoch
+from esper.runtime.tolaria.live.export import export_files
+from esper.runtime.tolaria.live.export import final_metrics
+from esper.runtime.tolaria.live.loading import Loaded
+from esper.runtime.tolaria.live.loading import load_run
+from esper.runtime.tolaria.live.surgery import all_seeds
+from esper.runtime.tolaria.live.turns import Pulse
+from esper.runtime.tolaria.live.writer import Committed
 from esper.runtime.tolaria.store import Beat
 from esper.runtime.tolaria.store import Ledger
 from esper.runtime.tolaria.store import Progress
 from esper.runtime.tolaria.store import SessionStore
-from esper.runtime.tolaria.surgery import all_seeds
-from esper.runtime.tolaria.turns import Pulse
-from esper.runtime.tolaria.writer import Committed
 
 
 class Session:

@@ -23,15 +23,30 @@ def call_target(target: str, arguments: Mapping[str, Any]) -> object:
     module_name, _, attribute = target.partition(":")
     if not module_name or not attribute:
         raise TargetError("ESP-310", f"task.target {target!r} is not of the form module:function", hint=_HINT)
-    if _is_standard(module_name):
-        raise TargetError(
-            "ESP-310", f"task.target {target!r}: {module_name!r} belongs to Python itself and is refused", hint=_HINT
-        )
+    refuse_standard(target)
     function = _attribute(_module(target, module_name), target, attribute)
     try:
         return function(**arguments)
     except (Exception, SystemExit) as error:
         _raised(f"task.target {target!r} raised", error)
+
+
+def refuse_standard(target: str) -> None:
+    """Raise `TargetError` (ESP-310) when the target's module is Python's own; nothing is imported."""
+    module_name = target.partition(":")[0]
+    if _is_standard(module_name):
+        raise TargetError(
+            "ESP-310", f"task.target {target!r}: {module_name!r} belongs to Python itself and is refused", hint=_HINT
+        )
+
+
+def no_such_module(target: str, module_name: str) -> TargetError:
+    """ESP-310, for a module that cannot be found."""
+    return TargetError(
+        "ESP-310",
+        f"task.target {target!r}: there is no module {module_name!r}",
+        hint="Start from the folder that holds it, put that folder on PYTHONPATH, or install the package",
+    )
 
 
 def _is_standard(module_name: str) -> bool:
@@ -45,11 +60,7 @@ def _module(target: str, module_name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or module_name
         if module_name == missing or module_name.startswith(f"{missing}."):
-            raise TargetError(
-                "ESP-310",
-                f"task.target {target!r}: there is no module {missing!r}",
-                hint="Start from the folder that holds it, put that folder on PYTHONPATH, or install the package",
-            ) from error
+            raise no_such_module(target, missing) from error
         raise TargetError(
             "ESP-310", f"task.target {target!r}: {module_name} needs {missing!r}, which is not installed"
         ) from error

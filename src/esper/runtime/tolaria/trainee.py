@@ -47,7 +47,7 @@ class Trainee:
         rows = self._rows()
         batch = plan.train.rows(rows)
         self.optimizer.zero_grad(set_to_none=True)
-        with nullcontext() if telemetry is None else telemetry.step(self.step):
+        with nullcontext() if telemetry is None else telemetry.step(self.step % plan.steps_per_epoch):
             loss = plan.loss(self.model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
         clip_gradients(self.model, plan.config.optimizer.clip)

@@ -42,11 +42,6 @@ class HeadWriter:
         """The newest head that stands."""
         return self._last
 
-    @property
-    def running(self) -> Future[Committed] | None:
-        """The commit in flight, or the last one: its error, if it had one, is the run's."""
-        return self._running
-
     def submit(
         self,
         taken: Snapshot,

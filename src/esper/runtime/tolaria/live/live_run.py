@@ -13,23 +13,23 @@ from esper.runtime.kasmina.lineage import layer_graph
 from esper.runtime.kasmina.telemetry import Telemetry
 from esper.runtime.tezzeret.build import KernelModule
 from esper.runtime.tezzeret.samples import SiteSamples
-from esper.runtime.tolaria import surgery
 from esper.runtime.tolaria.checkpoint import restore
 from esper.runtime.tolaria.checkpoint import snapshot
 from esper.runtime.tolaria.evaluation import chunk_losses
-from esper.runtime.tolaria.flops import FlopMeter
 from esper.runtime.tolaria.judging import Judgement
 from esper.runtime.tolaria.judging import judge
+from esper.runtime.tolaria.live import surgery
+from esper.runtime.tolaria.live.flops import FlopMeter
+from esper.runtime.tolaria.live.run_state import HeldGraft
+from esper.runtime.tolaria.live.run_state import RunState
+from esper.runtime.tolaria.live.twin import Twin
+from esper.runtime.tolaria.live.twin import train_twin
+from esper.runtime.tolaria.live.writer import Committed
+from esper.runtime.tolaria.live.writer import HeadWriter
+from esper.runtime.tolaria.live.writer import ReportMaker
 from esper.runtime.tolaria.randomness import restore_random_state
-from esper.runtime.tolaria.run_state import HeldGraft
-from esper.runtime.tolaria.run_state import RunState
 from esper.runtime.tolaria.store import SessionStore
 from esper.runtime.tolaria.trainee import Trainee
-from esper.runtime.tolaria.twin import Twin
-from esper.runtime.tolaria.twin import train_twin
-from esper.runtime.tolaria.writer import Committed
-from esper.runtime.tolaria.writer import HeadWriter
-from esper.runtime.tolaria.writer import ReportMaker
 
 VERDICTS = {Verdict.KEEP: FactKind.FOSSILIZE, Verdict.CULL: FactKind.CULL}
 """A verdict and the fact that executes it."""
@@ -53,6 +53,8 @@ class LiveRun:
         self._store = store
         self._writer = writer
         self._changed = False
+        self._submitted: Future[Committed] | None = None
+        self._submitted_step: int | None = None if writer.last is None else writer.last.head.step
         self._start: Future[Committed] | None = None
         plan = trainee.plan
         self._graph = layer_graph(trainee.model, lambda: plan.loss(trainee.model, plan.first_batch()))
@@ -101,26 +103,27 @@ class LiveRun:
         if held is not None and held.start is None and self._start is not None:
             start = self._start.result().manifest
             self.state = self.state.model_copy(update={"held": held.model_copy(update={"start": start})})
-        self._changed = False
-        return self._writer.submit(snapshot(self.trainee, self.state), report, samples)
+        self._changed, self._submitted_step = False, self.step
+        self._submitted = self._writer.submit(snapshot(self.trainee, self.state), report, samples)
+        return self._submitted
 
     def wait_for_writer(self, wait: Wait) -> None:
         """Until no commit is in flight. Raises what the last one raised."""
-        if self._writer.running is not None:
-            wait(self._writer.running)
+        if self._submitted is not None:
+            wait(self._submitted)
 
     def graft(self, fact: Fact, kernel: KernelModule, wait: Wait) -> str | None:
         """Execute a graft. Returns the reason when the block must go again at once.
 
         The head of this step is where the twin will begin: it is committed first, unless it stands already.
         """
-        self.wait_for_writer(wait)
-        last = self._writer.last
-        if self._changed or last is None or last.head.step != self.step:
+        if self._changed or self._submitted_step != self.step:
+            self.wait_for_writer(wait)
             self.commit()
+        # At the cost before the graft: counting the new structure can wait until the epoch is over.
+        self.count_probe(2 * surgery.BIRTH_ROWS * self.meter.cost(self.trainee).forward)
         self._restructuring()
         self.state, refusal = surgery.graft(self.trainee, self.state, fact, kernel)
-        self.count_probe(2 * surgery.BIRTH_ROWS * self.meter.cost(self.trainee).forward)
         if self.state.held is not None:
             self._note_start()
         self._done(fact)
@@ -185,9 +188,9 @@ class LiveRun:
         )
 
     def _note_start(self) -> None:
-        running, last = self._writer.running, self._writer.last
-        if running is not None:
-            self._start = running
+        last = self._writer.last
+        if self._submitted is not None:
+            self._start = self._submitted
         elif last is not None and self.state.held is not None:
             held = HeldGraft(fact=self.state.held.fact, start=last.manifest)
             self.state = self.state.model_copy(update={"held": held})

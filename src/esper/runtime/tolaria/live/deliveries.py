@@ -4,6 +4,7 @@ They run beside the training thread, fetch and verify and build there, and chang
 they record is executed by the thread that trains, at its step.
 """
 
+import logging
 from dataclasses import dataclass
 
 from esper.contracts.enums import FactKind
@@ -17,11 +18,15 @@ from esper.errors import IntegrityError
 from esper.errors import SiteError
 from esper.runtime.kasmina.lifecycle import LIVE
 from esper.runtime.tezzeret.build import KernelModule
-from esper.runtime.tolaria.delivery import graft_fact
-from esper.runtime.tolaria.delivery import missed_fact
-from esper.runtime.tolaria.delivery import prepare_kernel
-from esper.runtime.tolaria.shared_run import SharedRun
-from esper.runtime.tolaria.surgery import seed_of
+from esper.runtime.tolaria.live.compilation import compile_kernel
+from esper.runtime.tolaria.live.compilation import wants_compiled
+from esper.runtime.tolaria.live.delivery import graft_fact
+from esper.runtime.tolaria.live.delivery import missed_fact
+from esper.runtime.tolaria.live.delivery import prepare_kernel
+from esper.runtime.tolaria.live.shared_run import SharedRun
+from esper.runtime.tolaria.live.surgery import seed_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ def install(shared: SharedRun, delivery: KernelDelivery) -> InstallResult:
     refusal: _Refusal | None = None
     try:
         kernel = prepare_kernel(delivery, shared.store, shared.run.trainee.plan.device)
+        _compile(shared, kernel)
     except (IntegrityError, GrowthError) as error:
         refusal = _Refusal(f"rejected: {error.message}")
     with shared.turn.condition:
@@ -121,6 +127,15 @@ def remove(shared: SharedRun, adaptation_id: str) -> InstallResult:
             shared.book.release(adaptation_id)
             shared.turn.condition.notify_all()
     return InstallResult(adaptation_id=adaptation_id, accepted=True, fact=recorded, reason="being removed")
+
+
+def _compile(shared: SharedRun, kernel: KernelModule) -> None:
+    plan = shared.run.trainee.plan
+    if wants_compiled(plan.config.tezzeret, plan.device):
+        limit = plan.config.tezzeret.timeout_s
+        reason = compile_kernel(kernel, shared.run.graph(), plan.device, limit, lambda: None)
+        if reason is not None:
+            log.warning("kernel %s runs eagerly: %s", kernel.digest[:19], reason)
 
 
 def _apply_step(shared: SharedRun, adaptation: ScheduledAdaptation) -> int:

@@ -19,9 +19,9 @@ from esper.runtime.kasmina.morphable import site_named
 from esper.runtime.kasmina.morphable import sites_of
 from esper.runtime.kasmina.undisturbed import undisturbed
 from esper.runtime.tezzeret.build import KernelModule
-from esper.runtime.tolaria.run_state import HeldGraft
-from esper.runtime.tolaria.run_state import Ramp
-from esper.runtime.tolaria.run_state import RunState
+from esper.runtime.tolaria.live.run_state import HeldGraft
+from esper.runtime.tolaria.live.run_state import Ramp
+from esper.runtime.tolaria.live.run_state import RunState
 from esper.runtime.tolaria.trainee import Trainee
 
 REMOVAL_STEPS = 64
@@ -39,6 +39,25 @@ def seed_of(model: nn.Module, site: str, seed: int) -> Seed | None:
 def all_seeds(model: nn.Module) -> tuple[Seed, ...]:
     """The records of all seeds, in module order."""
     return tuple(slot.seed for module in sites_of(model).values() for slot in state_of(module).slots)
+
+
+def grown_kernels(model: nn.Module) -> tuple[KernelModule, ...]:
+    """The kernels that are part of the model, in module order."""
+    slots = (slot for module in sites_of(model).values() for slot in state_of(module).slots)
+    return tuple(slot.kernel for slot in slots if isinstance(slot.kernel, KernelModule))
+
+
+@contextmanager
+def eager_kernels(model: nn.Module) -> Iterator[None]:
+    """Compiled kernels run eagerly inside: a dispatch mode, such as torch's counter of FLOPs, cannot see into them."""
+    kernels = [(kernel, kernel.accelerated) for kernel in grown_kernels(model)]
+    for kernel, _ in kernels:
+        kernel.accelerated = None
+    try:
+        yield
+    finally:
+        for kernel, compiled in kernels:
+            kernel.accelerated = compiled
 
 
 def place_of(fact: Fact) -> tuple[str, int]:

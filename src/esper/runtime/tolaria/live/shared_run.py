@@ -11,11 +11,11 @@ from esper.contracts.operational import Fact
 from esper.contracts.operational import HeadRef
 from esper.errors import LeaseLost
 from esper.runtime.tezzeret.build import KernelModule
-from esper.runtime.tolaria.facts import FactBook
-from esper.runtime.tolaria.live_run import LiveRun
+from esper.runtime.tolaria.live.facts import FactBook
+from esper.runtime.tolaria.live.live_run import LiveRun
+from esper.runtime.tolaria.live.turns import Turn
+from esper.runtime.tolaria.live.writer import Committed
 from esper.runtime.tolaria.store import SessionStore
-from esper.runtime.tolaria.turns import Turn
-from esper.runtime.tolaria.writer import Committed
 
 POLL_SECONDS = 0.25
 

@@ -9,18 +9,19 @@ from dataclasses import dataclass
 
 from esper.contracts.enums import FactKind
 from esper.contracts.operational import Fact
-from esper.runtime.tolaria import surgery
 from esper.runtime.tolaria.checkpoint import Restored
 from esper.runtime.tolaria.checkpoint import resume
-from esper.runtime.tolaria.epoch_end import measure_epoch
-from esper.runtime.tolaria.epoch_end import watch_early_stop
-from esper.runtime.tolaria.flops import FlopMeter
+from esper.runtime.tolaria.live import surgery
+from esper.runtime.tolaria.live.compilation import compile_grown
+from esper.runtime.tolaria.live.epoch_end import measure_epoch
+from esper.runtime.tolaria.live.epoch_end import watch_early_stop
+from esper.runtime.tolaria.live.flops import FlopMeter
+from esper.runtime.tolaria.live.run_state import RunState
 from esper.runtime.tolaria.plan import TrainingPlan
 from esper.runtime.tolaria.randomness import RandomState
 from esper.runtime.tolaria.randomness import capture_random_state
 from esper.runtime.tolaria.randomness import preserved_random_state
 from esper.runtime.tolaria.randomness import restore_random_state
-from esper.runtime.tolaria.run_state import RunState
 from esper.runtime.tolaria.trainee import Trainee
 from esper.runtime.tolaria.trainee import begin
 
@@ -46,6 +47,7 @@ def train_twin(
     with preserved_random_state():
         trainee = begin(plan, plan.another_model())
         state = resume(trainee, start)
+        compile_grown(trainee, lambda: tick(trainee.step))
         restore_random_state(start.random)
         meter = FlopMeter()
         flops = 0.0

@@ -8,8 +8,8 @@ from esper.contracts.operational import Metrics
 from esper.errors import ConfigurationError
 from esper.errors import RunFailed
 from esper.runtime.tolaria.evaluation import evaluate
-from esper.runtime.tolaria.run_state import RunState
-from esper.runtime.tolaria.run_state import watch
+from esper.runtime.tolaria.live.run_state import RunState
+from esper.runtime.tolaria.live.run_state import watch
 from esper.runtime.tolaria.trainee import Trainee
 
 

@@ -6,6 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.runtime.kasmina.undisturbed import undisturbed
+from esper.runtime.tolaria.live.surgery import eager_kernels
 from esper.runtime.tolaria.trainee import Trainee
 
 
@@ -23,7 +24,7 @@ def measure(trainee: Trainee) -> RowCost:
     rows = plan.probed[: plan.config.training.batch_size]
     batch = plan.train.peek(rows)
     forward, both = FlopCounterMode(display=False), FlopCounterMode(display=False)
-    with undisturbed(trainee.model):
+    with undisturbed(trainee.model), eager_kernels(trainee.model):
         with forward, torch.no_grad():
             plan.loss(trainee.model, batch)
         with both, torch.enable_grad():

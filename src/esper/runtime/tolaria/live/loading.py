@@ -11,24 +11,27 @@ from esper.runtime.tolaria.checkpoint import CheckpointManifest
 from esper.runtime.tolaria.checkpoint import require_same_recipe
 from esper.runtime.tolaria.checkpoint import restore
 from esper.runtime.tolaria.checkpoint import resume
-from esper.runtime.tolaria.delivery import prepare_kernel
-from esper.runtime.tolaria.epoch_end import measure_epoch
-from esper.runtime.tolaria.epoch_end import watched_value
-from esper.runtime.tolaria.facts import FactBook
-from esper.runtime.tolaria.facts import check_ledger
-from esper.runtime.tolaria.live_run import LiveRun
+from esper.runtime.tolaria.live.compilation import compile_grown
+from esper.runtime.tolaria.live.compilation import compile_kernel
+from esper.runtime.tolaria.live.compilation import wants_compiled
+from esper.runtime.tolaria.live.delivery import prepare_kernel
+from esper.runtime.tolaria.live.epoch_end import measure_epoch
+from esper.runtime.tolaria.live.epoch_end import watched_value
+from esper.runtime.tolaria.live.facts import FactBook
+from esper.runtime.tolaria.live.facts import check_ledger
+from esper.runtime.tolaria.live.live_run import LiveRun
+from esper.runtime.tolaria.live.run_state import RunState
+from esper.runtime.tolaria.live.shared_run import SharedRun
+from esper.runtime.tolaria.live.turns import Turn
+from esper.runtime.tolaria.live.writer import Committed
+from esper.runtime.tolaria.live.writer import HeadWriter
 from esper.runtime.tolaria.plan import TrainingPlan
 from esper.runtime.tolaria.plan import prepare
 from esper.runtime.tolaria.randomness import capture_random_state
-from esper.runtime.tolaria.run_state import RunState
-from esper.runtime.tolaria.shared_run import SharedRun
 from esper.runtime.tolaria.store import Ledger
 from esper.runtime.tolaria.store import SessionStore
 from esper.runtime.tolaria.trainee import Trainee
 from esper.runtime.tolaria.trainee import begin
-from esper.runtime.tolaria.turns import Turn
-from esper.runtime.tolaria.writer import Committed
-from esper.runtime.tolaria.writer import HeadWriter
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def load_run(config: EsperConfig, ledger: Ledger, store: SessionStore) -> Loaded
         require_same_recipe(restored.manifest, config, run_id)
         state, random = resume(trainee, restored), restored.random
         last = Committed(ledger.head, ledger.manifest)
-        warnings = _other_bits(restored.manifest, plan)
+        warnings = (*_other_bits(restored.manifest, plan), *compile_grown(trainee, lambda: None))
     check_ledger(ledger.facts, state, trainee.step, run_id)
     book = FactBook(ledger.facts, ledger.frontier)
     writer = HeadWriter(store, last)
@@ -68,7 +71,7 @@ def load_run(config: EsperConfig, ledger: Ledger, store: SessionStore) -> Loaded
         turn=Turn(plan.threads, random),
         store=store,
         passed=trainee.step - 1,
-        prepared=_kernels(book, state, store, plan),
+        prepared=_kernels(book, run, store),
     )
     if last is None:
         with shared.turn.condition:
@@ -78,12 +81,16 @@ def load_run(config: EsperConfig, ledger: Ledger, store: SessionStore) -> Loaded
     return Loaded(shared, writer, warnings)
 
 
-def _kernels(book: FactBook, state: RunState, store: SessionStore, plan: TrainingPlan) -> dict[str, KernelModule]:
-    return {
-        fact.adaptation_id: prepare_kernel(fact.delivery, store, plan.device)
-        for fact in book.all()
-        if fact.kind is FactKind.GRAFT and fact.delivery is not None and not state.has_executed(fact)
-    }
+def _kernels(book: FactBook, run: LiveRun, store: SessionStore) -> dict[str, KernelModule]:
+    plan = run.trainee.plan
+    kernels = {}
+    for fact in book.all():
+        if fact.kind is FactKind.GRAFT and fact.delivery is not None and not run.state.has_executed(fact):
+            kernel = prepare_kernel(fact.delivery, store, plan.device)
+            if wants_compiled(plan.config.tezzeret, plan.device):
+                compile_kernel(kernel, run.graph(), plan.device, plan.config.tezzeret.timeout_s, lambda: None)
+            kernels[fact.adaptation_id] = kernel
+    return kernels
 
 
 def _check_watched(trainee: Trainee) -> None:

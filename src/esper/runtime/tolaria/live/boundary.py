@@ -5,13 +5,13 @@ from time import monotonic
 from esper.contracts.enums import FactKind
 from esper.contracts.operational import Fact
 from esper.contracts.operational import JudgeReport
-from esper.runtime.tolaria.delivery import missed_fact
-from esper.runtime.tolaria.delivery import prepare_kernel
-from esper.runtime.tolaria.facts import Expected
-from esper.runtime.tolaria.live_run import VERDICTS
-from esper.runtime.tolaria.live_run import LiveRun
-from esper.runtime.tolaria.shared_run import Phase
-from esper.runtime.tolaria.shared_run import SharedRun
+from esper.runtime.tolaria.live.delivery import missed_fact
+from esper.runtime.tolaria.live.delivery import prepare_kernel
+from esper.runtime.tolaria.live.facts import Expected
+from esper.runtime.tolaria.live.live_run import VERDICTS
+from esper.runtime.tolaria.live.live_run import LiveRun
+from esper.runtime.tolaria.live.shared_run import Phase
+from esper.runtime.tolaria.live.shared_run import SharedRun
 
 
 def pass_boundary(shared: SharedRun, phase: Phase) -> None:

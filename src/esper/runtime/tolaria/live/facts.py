@@ -7,7 +7,7 @@ from esper.contracts.enums import FactKind
 from esper.contracts.operational import Fact
 from esper.contracts.operational import ScheduledAdaptation
 from esper.errors import IntegrityError
-from esper.runtime.tolaria.run_state import RunState
+from esper.runtime.tolaria.live.run_state import RunState
 
 _CHANGES = frozenset({FactKind.GRAFT, FactKind.FOSSILIZE, FactKind.CULL, FactKind.REMOVE})
 """Facts that change the model: one of these that a checkpoint beyond it lacks can never be made good."""

@@ -10,12 +10,12 @@ from esper.contracts.operational import Fact
 from esper.contracts.operational import HeadRef
 from esper.runtime.kasmina.probe import ProbeResult
 from esper.runtime.kasmina.probe import probe
-from esper.runtime.tolaria.epoch_end import measure_epoch
-from esper.runtime.tolaria.epoch_end import watch_early_stop
-from esper.runtime.tolaria.live_run import LiveRun
-from esper.runtime.tolaria.shared_run import Phase
-from esper.runtime.tolaria.shared_run import SharedRun
-from esper.runtime.tolaria.writer import Committed
+from esper.runtime.tolaria.live.epoch_end import measure_epoch
+from esper.runtime.tolaria.live.epoch_end import watch_early_stop
+from esper.runtime.tolaria.live.live_run import LiveRun
+from esper.runtime.tolaria.live.shared_run import Phase
+from esper.runtime.tolaria.live.shared_run import SharedRun
+from esper.runtime.tolaria.live.writer import Committed
 
 EARLY_STOP = "early-stop"
 """Stands where other facts name an adaptation."""

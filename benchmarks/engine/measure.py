@@ -1,0 +1,83 @@
+"""How times are taken here: arms alternated in a new random order every round, no garbage collection meanwhile.
+
+Only ratios within one round are compared, and medians of them reported: what else the machine does in a minute hits
+all arms alike. A second copy of the baseline among the arms shows what such a ratio is worth (its noise floor).
+"""
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The middle half of some numbers: quartiles around the median."""
+
+    low: float
+    median: float
+    high: float
+    count: int
+
+    def show(self, digits: int) -> str:
+        return f"{self.median:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Quartiles of at least one number."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0], 1)
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(low, median, high, len(values))
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Collect once, then not until the end of the block."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def alternate(
+    arms: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    clock: Callable[[], float] = time.thread_time,
+    order_seed: int = 0,
+) -> dict[str, list[float]]:
+    """Seconds of each arm in each round, after one round that is not counted.
+
+    The default clock counts the CPU time of this thread, so that other processes do not count; an arm must then do
+    its work in this thread.
+    """
+    order = random.Random(order_seed)
+    names = list(arms)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with without_garbage_collection():
+        for number in range(-1, rounds):
+            order.shuffle(names)
+            for name in names:
+                began = clock()
+                arms[name]()
+                took = clock() - began
+                if number >= 0:
+                    seconds[name].append(took)
+            gc.collect(0)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], arm: str, baseline: str) -> Spread:
+    """The ratio of two arms, round by round."""
+    return spread([a / b for a, b in zip(seconds[arm], seconds[baseline], strict=True)])
