@@ -301,7 +301,19 @@ def test_removed_block_ramps_to_zero_and_leaves_exactly_the_host(drive):
     assert driver.session.remove("run/a1").fact == answer.fact
 
 
-def test_kept_block_and_unknown_adaptation_cannot_be_removed(drive):
+def test_kept_block_can_be_removed_by_a_person(drive):
+    driver = drive(make_config("tolaria_tasks:narrow", optimizer={"lr": 0.02}, run={"max_epochs": 30}))
+    spe = driver.session.describe().steps_per_epoch
+    grow(driver, order=ordered(1, 2 * spe, site="layers.0", blueprint="widen"))
+    assert driver.session.judge("run/a1", silent).verdict is Verdict.KEEP
+    (kept,) = driver.train(4)
+    assert seed_at(kept, "layers.0").state is SeedState.FOSSILIZED
+    assert driver.session.remove("run/a1").accepted
+    removed = driver.train(*range(5, 30))[-1]
+    assert seed_at(removed, "layers.0").state is SeedState.DORMANT
+
+
+def test_unknown_adaptation_cannot_be_removed(drive):
     driver = drive(make_config())
     assert not driver.session.remove("run/a9").accepted
     assert driver.session.judge("run/a9", silent).verdict is Verdict.VOID

@@ -23,6 +23,9 @@ TRANSITIONS: Mapping[SeedState, frozenset[SeedState]] = MappingProxyType(
 LIVE = frozenset({SeedState.TRAINING, SeedState.GRAFTING, SeedState.ERROR_RECOVERY})
 """The states in which a seed has a kernel that may still be removed."""
 
+REMOVABLE = LIVE | {SeedState.FOSSILIZED}
+"""The states whose block a person may still cull; a folded block is no block any more."""
+
 
 def advance(state: SeedState, to: SeedState) -> SeedState:
     """Return `to` if a seed in `state` may move there. Raises GrowthError ESP-437 if it may not."""

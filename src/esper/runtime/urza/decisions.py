@@ -26,7 +26,7 @@ ADAPTATION_MOVES: Mapping[AdaptationState, frozenset[AdaptationState]] = {
     _S.ORDERED: frozenset(_S) - {_S.ORDERED},
     _S.DELIVERED: frozenset(_S) - {_S.ORDERED, _S.DELIVERED},
     _S.TRAINING: frozenset({_S.FOSSILIZED, _S.CULLED, _S.FAILED}),
-    _S.FOSSILIZED: frozenset(),
+    _S.FOSSILIZED: frozenset({_S.CULLED}),
     _S.CULLED: frozenset(),
     _S.MISSED: frozenset(),
     _S.FAILED: frozenset(),
@@ -34,7 +34,8 @@ ADAPTATION_MOVES: Mapping[AdaptationState, frozenset[AdaptationState]] = {
     _S.STALE: frozenset(),
 }
 """Which state may follow which; a state may be skipped, since a record may come before the one it follows.
-Once grafted, an adaptation cannot be missed, vetoed or stale; a terminal state stays."""
+Once grafted, an adaptation cannot be missed, vetoed or stale; a terminal state stays. What was kept may still be culled
+by a person."""
 
 
 @dataclass(frozen=True)

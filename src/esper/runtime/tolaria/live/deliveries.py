@@ -16,7 +16,7 @@ from esper.contracts.orders import InstallResult
 from esper.errors import GrowthError
 from esper.errors import IntegrityError
 from esper.errors import SiteError
-from esper.runtime.kasmina.lifecycle import LIVE
+from esper.runtime.kasmina.lifecycle import REMOVABLE
 from esper.runtime.tezzeret.build import KernelModule
 from esper.runtime.tolaria.live.compilation import compile_kernel
 from esper.runtime.tolaria.live.compilation import wants_compiled
@@ -97,7 +97,7 @@ def abandon(shared: SharedRun, adaptation: ScheduledAdaptation, reason: str) -> 
 
 
 def remove(shared: SharedRun, adaptation_id: str) -> InstallResult:
-    """A person's cull of a block on probation: it begins at the first boundary that is free."""
+    """A person's cull of a block, on probation or kept: it begins at the first boundary that is free."""
     with shared.turn.condition:
         shared.turn.check()
         recorded = shared.book.find(adaptation_id, FactKind.REMOVE)
@@ -183,8 +183,8 @@ def _cannot_remove(shared: SharedRun, adaptation_id: str, graft: Fact | None, st
     seed = seed_of(run.trainee.model, graft.site, graft.seed)
     if seed is None or seed.adaptation_id != adaptation_id:
         return "it is no longer in the model"
-    if seed.state not in LIVE:
-        return f"it is {seed.state}: what was kept is part of the model"
+    if seed.state not in REMOVABLE:
+        return f"it is {seed.state}"
     if step >= run.trainee.plan.total_steps:
         return "the run ends before it could be removed"
     return None

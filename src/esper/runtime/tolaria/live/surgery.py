@@ -14,7 +14,7 @@ from esper.contracts.operational import Fact
 from esper.errors import EsperError
 from esper.runtime.kasmina import growth
 from esper.runtime.kasmina.layer import state_of
-from esper.runtime.kasmina.lifecycle import LIVE
+from esper.runtime.kasmina.lifecycle import REMOVABLE
 from esper.runtime.kasmina.morphable import site_named
 from esper.runtime.kasmina.morphable import sites_of
 from esper.runtime.kasmina.undisturbed import undisturbed
@@ -122,11 +122,11 @@ def free_slot(model: nn.Module, site: str, seed: int) -> None:
 def begin_removal(trainee: Trainee, state: RunState, fact: Fact) -> RunState:
     """A person's cull: from this step on alpha falls to 0; the block is no longer on probation.
 
-    Changes nothing where the block has gone, or has been kept for good, in the meantime.
+    Changes nothing where the block has gone in the meantime.
     """
     site, seed = place_of(fact)
     record = seed_of(trainee.model, site, seed)
-    if record is None or record.adaptation_id != fact.adaptation_id or record.state not in LIVE:
+    if record is None or record.adaptation_id != fact.adaptation_id or record.state not in REMOVABLE:
         return state
     end = min(fact.apply_step + REMOVAL_STEPS, trainee.plan.total_steps)
     ramp = Ramp(adaptation_id=fact.adaptation_id, site=site, seed=seed, start_step=fact.apply_step, end_step=end)
