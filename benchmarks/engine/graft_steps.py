@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.engine.live_session import SEEN
@@ -106,7 +107,7 @@ def _between(moments: Sequence[Moment], clock: str) -> list[float]:
     """Seconds of each step; the first one has no beginning that was seen. Epochs run in threads of their own, so the
     CPU time of the first step of an epoch means nothing."""
     times = [getattr(moment, clock) for moment in moments]
-    return [0.0, *[after - before for before, after in zip(times, times[1:], strict=False)]]
+    return [0.0, *[after - before for before, after in pairwise(times)]]
 
 
 def row(size: tuple[int, int, int], arm: str, runs: Sequence[Run], plain: Sequence[Run]) -> tuple[str, ...]:

@@ -155,12 +155,12 @@ class Stack:
 
 
 def rows_for(stack: Stack, seconds: float) -> int:
-    """Rows with which an epoch of the plain loop takes about so long: whole batches."""
-    measured = stack.plain(rows=64_000, epochs=5, most_steps=1)
-    without_steps = statistics.median(measured["epochs"][1:])
-    measured = stack.plain(rows=64_000, epochs=2)
-    step = (measured["epochs"][1] - without_steps) / (64_000 / BATCH_SIZE)
-    return BATCH_SIZE * max(1, round((seconds - without_steps) / step))
+    """Rows with which an epoch of the plain loop takes about so long on an idle machine: whole batches."""
+    few, many = (
+        statistics.median(stack.plain(rows=64_000, epochs=5, most_steps=steps)["cpu"][1:]) for steps in (20, 120)
+    )
+    step = (many - few) / 100
+    return BATCH_SIZE * max(1, round((seconds - few) / step) + 20)
 
 
 async def orchestrated(stack: Stack, run_id: str, rows: int, epochs: int) -> Orchestrated:

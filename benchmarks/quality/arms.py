@@ -85,9 +85,9 @@ def train_static(run: StaticRun) -> dict[str, Any]:
     plan = trainee.plan
     while trainee.step < plan.total_steps:
         trainee.advance()
-        if not math.isfinite(float(trainee.loss_sum)):
-            break
         if trainee.step % plan.steps_per_epoch == 0 and trainee.step < plan.total_steps:
+            if not math.isfinite(float(trainee.loss_sum)):
+                break
             trainee.end_epoch()
     cost = measure(trainee).training
     return {

@@ -78,7 +78,7 @@ def summary(arms: Sequence[Arm], reference: Arm, grown: Arm) -> Table:
             ]
         )
     columns = ["arm", "lr", "parameters", "epochs", "FLOPs / grown", "val loss", "val acc", "test loss", "test acc"]
-    columns += ["Δ val loss to (a)", "Δ test loss to (a)", "Δ test loss to grown"]
+    columns += ["Δ val loss to host", "Δ test loss to host", "Δ test loss to grown"]
     notes = [
         "Δ: paired by seed, mean ± half of the 95 % interval (Student's t), in brackets how many seeds are lower "
         "(better). FLOPs of the grown arm count training, probes, birth checks and twins.",

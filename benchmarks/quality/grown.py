@@ -11,6 +11,7 @@ from home import local_home
 from store import Store
 
 KEPT = "fossilized"
+SHOWN = ("val_loss", "val_accuracy", "test_loss", "test_accuracy")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def told(document: Mapping[str, Any]) -> str:
 def _flat(document: dict[str, Any]) -> dict[str, Any]:
     compute = document["compute"]
     return {
-        **{name: document["metrics"].get(name) for name in ("val_loss", "val_accuracy", "test_loss", "test_accuracy")},
+        **{name: value for name, value in document["metrics"].items() if name in SHOWN and value is not None},
         "parameters": document["parameters"]["end"],
         "epochs": document["epochs"],
         "flops": compute["training_flops"] + compute["probe_flops"],

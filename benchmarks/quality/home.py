@@ -52,8 +52,14 @@ class Home:
             check=False,
         )
         if ended.returncode != 0:
-            raise RuntimeError(f"{' '.join(arguments)} ended with {ended.returncode}\n{ended.stdout}\n{ended.stderr}")
+            said = f"{ended.stdout}\n{ended.stderr}\n{self._logs()}"
+            raise RuntimeError(f"{' '.join(arguments)} ended with {ended.returncode}\n{said}")
         return ended.stdout
+
+    def _logs(self) -> str:
+        """The ends of all logs: the home goes with the error."""
+        found = {path.name: path.read_text(errors="replace") for path in sorted(self.folder.glob("home/logs/*"))}
+        return "\n".join("\n".join([f"--- {name}", *text.splitlines()[-15:]]) for name, text in found.items() if text)
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main() -> NoReturn:
-    """The console script."""
+    """The whole of a process; what `esper.__main__` calls."""
     output.prepare_streams()
     code = run(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):

@@ -20,10 +20,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from typing import NoReturn
+from typing import Protocol
 
 from temporalio.client import Client
 from temporalio.client import WorkflowExecutionStatus
 from temporalio.service import RPCError
+from temporalio.service import RPCStatusCode
 from temporalio.worker import Worker
 
 from esper.contracts.config import TemporalConfig
@@ -36,6 +38,7 @@ from esper.runtime.home import make_home
 from esper.runtime.logs import configure_logging
 from esper.runtime.temporal import queues
 from esper.runtime.temporal.client import connect
+from esper.runtime.temporal.options import DRAIN_LIMIT
 from esper.runtime.temporal.options import GRACEFUL_SHUTDOWN
 from esper.runtime.temporal.options import HEARTBEAT_THROTTLE
 from esper.runtime.temporal.options import TRAINER_SLOTS
@@ -83,7 +86,9 @@ async def serve(roles: tuple[str, ...]) -> None:
     configure_logging(home, "+".join(roles))
     worker_files.report(home, "starting", roles=roles)
     ending = _signals()
-    client = await _patiently(home)
+    client = await _patiently(home, ending)
+    if client is None:
+        return
     connections = Connections(home)
     try:
         async with AsyncExitStack() as stack:
@@ -101,6 +106,7 @@ async def serve(roles: tuple[str, ...]) -> None:
                 worker_files.report(home, "idle", roles=roles)
                 log.info("ready: %s", ", ".join(roles))
                 await ending.wait()
+                _limit_draining()
                 worker_files.report(home, "draining", roles=roles)
     finally:
         await connections.close()
@@ -120,16 +126,30 @@ def _signals() -> asyncio.Event:
     return ending
 
 
-async def _patiently(home: Path) -> Client:
-    """The server may come up a moment after its workers."""
-    for attempt in range(CONNECT_ATTEMPTS):
+def _limit_draining() -> None:
+    """From now on the process ends in bounded time: a step that hangs or a long build must not keep it."""
+
+    def end() -> None:
+        log.error("not drained after %g s: ending all the same", DRAIN_LIMIT.total_seconds())
+        logging.shutdown()
+        os._exit(1)
+
+    asyncio.get_running_loop().call_later(DRAIN_LIMIT.total_seconds(), end)
+
+
+async def _patiently(home: Path, ending: asyncio.Event) -> Client | None:
+    """The server may come up a moment after its workers. `None`: the process was told to end meanwhile."""
+    attempts = 0
+    while not ending.is_set():
         try:
             return await connect(TemporalConfig(), home)
         except TemporalUnavailable:
-            if attempt == CONNECT_ATTEMPTS - 1:
+            attempts += 1
+            if attempts == CONNECT_ATTEMPTS:
                 raise
-            await asyncio.sleep(1.0)
-    raise AssertionError("unreachable")
+            with suppress(TimeoutError):
+                await asyncio.wait_for(ending.wait(), 1.0)
+    return None
 
 
 def _worker(client: Client, task_queue: str, activities: Sequence[Callable[..., Any]], **more: Any) -> Worker:
@@ -218,22 +238,49 @@ async def _trainer(
                 watching = asyncio.create_task(_watch(client, trainer, run_id, orphaned))
                 await _first(trainer.released, ending, orphaned)
                 watching.cancel()
+            _limit_draining()
             worker_files.report(home, "draining", roles=roles)
         await trainer.give_up()
 
 
-async def _watch(client: Client, trainer: Any, run_id: str, orphaned: asyncio.Event) -> None:
-    """A run that was terminated never releases its trainer: notice it, and be free again."""
+class _Claimed(Protocol):
+    """What must be known of a claimed trainer without importing what it is made of."""
+
+    @property
+    def idle(self) -> bool: ...
+
+    async def holds_lease(self) -> bool: ...
+
+
+async def _watch(client: Client, trainer: _Claimed, run_id: str, orphaned: asyncio.Event) -> None:
+    """A run that was terminated, or that another process was given, never releases its trainer: be free again."""
+    fenced = 0
     while True:
         await asyncio.sleep(ORPHAN_CHECK_S)
-        if not trainer.idle:
-            continue
-        with suppress(RPCError):
-            description = await client.get_workflow_handle(run_id).describe()
-            if description.status is not WorkflowExecutionStatus.RUNNING:
+        try:
+            # Twice, since a claim is in the library a moment before it is here.
+            fenced = 0 if await trainer.holds_lease() else fenced + 1
+            if fenced == 2:
+                log.warning("run %s was given to another trainer", run_id)
+            elif trainer.idle and await _is_over(client, run_id):
                 log.warning("run %s is over and never released this trainer", run_id)
-                orphaned.set()
-                return
+            else:
+                continue
+        except (RPCError, EsperError) as error:
+            log.info("could not look whether run %s still lives: %s", run_id, error)
+            continue
+        orphaned.set()
+        return
+
+
+async def _is_over(client: Client, run_id: str) -> bool:
+    try:
+        description = await client.get_workflow_handle(run_id).describe()
+    except RPCError as error:
+        if error.status is RPCStatusCode.NOT_FOUND:
+            return True
+        raise
+    return description.status is not WorkflowExecutionStatus.RUNNING
 
 
 async def _first(*events: asyncio.Event) -> None:

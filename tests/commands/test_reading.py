@@ -24,7 +24,7 @@ Record = Callable[..., Any]
 DOCUMENT_KEYS = {
     *("schema", "run_id", "workflow_id", "outcome", "epochs", "steps", "device", "threads", "restarts", "metrics"),
     *("parameters", "compute", "adaptations", "decisions", "missed", "stall_s", "divergences", "digest", "web_ui"),
-    *("output", "warnings"),
+    *("output", "warnings", "error"),
 }
 
 
@@ -286,4 +286,6 @@ def test_a_failed_run_shows_its_error(cli: Cli, record: Record) -> None:
     assert result.code == 0
     assert "failed" in result.out
     assert "error[ESP-312]: task.target returned None" in result.err
-    assert cli("show", "digits-1", "--json").json["outcome"] == Outcome.FAILED.value
+    document = cli("show", "digits-1", "--json").json
+    assert document["outcome"] == Outcome.FAILED.value
+    assert document["error"]["code"] == "ESP-312"

@@ -9,6 +9,7 @@ from hypothesis import strategies
 from esper.contracts.config import EsperConfig
 from esper.contracts.config import TaskConfig
 from esper.errors import ConfigurationError
+from esper.errors import UsageError
 from esper.runtime.configuration import config_schema
 from esper.runtime.configuration import dump_config
 from esper.runtime.configuration import list_packaged
@@ -25,8 +26,8 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def refusal(folder: Path, text: str, *overrides: str, **environment: str) -> ConfigurationError:
-    with pytest.raises(ConfigurationError) as caught:
+def refusal(folder: Path, text: str, *overrides: str, **environment: str) -> UsageError:
+    with pytest.raises(UsageError) as caught:
         load_config(write(folder, text), overrides=overrides, environment=environment)
     assert caught.value.exit_code == 2
     return caught.value
@@ -121,7 +122,7 @@ def test_a_wrong_variable_is_named(tmp_path: Path) -> None:
         ("- a\n", "ESP-204", "must be a mapping of sections"),
         ("task: {}", "ESP-204", "exactly one of task.name and task.target"),
         ("task: {name: a, target: 'a:b'}", "ESP-204", "exactly one"),
-        ("task: {target: nocolon}", "ESP-204", "task.target at"),
+        ("task: {target: nocolon}", "ESP-310", "task.target at"),
         (f"{DIGITS}trainng: {{}}", "ESP-203", "unknown key trainng at"),
         (f"{DIGITS}training:\n  bach_size: 3", "ESP-203", "run.yaml:3:3"),
         (f"{DIGITS}run: 5", "ESP-204", "run at"),
@@ -131,7 +132,7 @@ def test_a_wrong_variable_is_named(tmp_path: Path) -> None:
         (f"{DIGITS}run: {{max_epochs: 1000000000000}}", "ESP-204", "not 1000000000000"),
         (f"{DIGITS}run: {{max_epochs: '5'}}", "ESP-204", 'not "5"'),
         (f"{DIGITS}run: {{seed: true}}", "ESP-204", "not true"),
-        (f"{DIGITS}run: {{device: tpu}}", "ESP-204", "run.device"),
+        (f"{DIGITS}run: {{device: tpu}}", "ESP-315", "run.device"),
         (f"{DIGITS}run: {{threads: none}}", "ESP-204", "from 1 to 1024 or auto"),
         (f"{DIGITS}run: {{name: ../../etc}}", "ESP-204", "run.name"),
         (f"{DIGITS}optimizer: {{name: adamwx}}", "ESP-204", "one of sgd, adam, adamw"),

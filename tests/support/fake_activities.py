@@ -98,6 +98,8 @@ class FakeWorld:
     journal: list[tuple[str, Any]] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
     adaptations: list[Any] = field(default_factory=list)
+    decisions: list[AdaptationDecision] = field(default_factory=list)
+    facts: list[Fact] = field(default_factory=list)
     requests: list[EpochRequest] = field(default_factory=list)
     epoch: int = 0
     lease_gen: int = 0
@@ -135,6 +137,7 @@ class FakeWorld:
             parameters=100,
             model_name="Fake",
             graph=GRAPH,
+            facts=tuple(self.facts),
         )
 
     @activity.defn(name=names.TRAIN_EPOCH.name)
@@ -243,12 +246,20 @@ class FakeWorld:
         if apply_step < self.epoch * STEPS_PER_EPOCH:
             missed = fact.model_copy(update={"kind": FactKind.MISSED})
             return InstallResult(adaptation_id=adaptation.adaptation_id, accepted=False, fact=missed, reason="too late")
-        self.grafts.setdefault(adaptation.adaptation_id, fact)
+        if adaptation.adaptation_id not in self.grafts:
+            self.grafts[adaptation.adaptation_id] = fact
+            self.facts.append(fact)
+        fact = self.grafts[adaptation.adaptation_id]
         return InstallResult(adaptation_id=adaptation.adaptation_id, accepted=True, fact=fact, reason="graft recorded")
 
     @activity.defn(name=names.ABANDON_KERNEL.name)
     async def abandon_kernel(self, request: AbandonRequest) -> InstallResult:
         self.journal.append(("abandon", request.adaptation.adaptation_id))
+        recorded = self.grafts.get(request.adaptation.adaptation_id)
+        if recorded is not None:
+            return InstallResult(
+                adaptation_id=recorded.adaptation_id, accepted=True, fact=recorded, reason="a graft is recorded"
+            )
         self.abandoned[request.adaptation.adaptation_id] = request.reason
         return InstallResult(adaptation_id=request.adaptation.adaptation_id, accepted=False, reason=request.reason)
 
@@ -256,6 +267,10 @@ class FakeWorld:
     async def judge_seed(self, request: JudgeRequest) -> JudgeReport:
         self.journal.append(("judge", request.adaptation_id))
         async with self.turn:
+            if self.held is not None:
+                graft = self.grafts[request.adaptation_id]
+                kind = FactKind.FOSSILIZE if self.verdict is Verdict.KEEP else FactKind.CULL
+                self.facts.append(graft.model_copy(update={"kind": kind, "apply_step": self.epoch * STEPS_PER_EPOCH}))
             self.held = None
             self.turn.notify_all()
         return JudgeReport(
@@ -354,6 +369,7 @@ class FakeWorld:
 
     @activity.defn(name=names.RECORD_DECISION.name)
     async def record_decision(self, request: RecordDecision) -> AdaptationDecision:
+        self.decisions.append(request.decision)
         return request.decision
 
     @activity.defn(name=names.RECORD_ADAPTATION.name)

@@ -120,9 +120,9 @@ def test_cifar_of_another_form_is_refused(tmp_path, changes, words):
     ("target", "code", "words"),
     [
         ("nopkg:build", "ESP-310", "no module 'nopkg'"),
-        ("os:system", "ESP-310", "belongs to Python itself"),
-        ("json.decoder:JSONDecoder", "ESP-310", "belongs to Python itself"),
-        ("builtins:eval", "ESP-310", "belongs to Python itself"),
+        ("os:system", "ESP-310", "belongs to Python"),
+        ("json.decoder:JSONDecoder", "ESP-310", "belongs to Python"),
+        ("builtins:eval", "ESP-310", "belongs to Python"),
         ("tolaria_tasks:smal", "ESP-311", "no 'smal'"),
         ("tolaria_tasks:constant", "ESP-311", "not callable"),
         ("tolaria_tasks:wrong", "ESP-312", "not an esper.Task"),

@@ -1,6 +1,7 @@
 """How an activity in a thread says that it lives, and how it learns that it should stop."""
 
 import contextvars
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,16 +17,28 @@ class Draining(Exception):
     """The worker shuts down: finish the step, commit, let another process go on."""
 
 
+log = logging.getLogger(__name__)
+
+
 def beat(details: object) -> None:
     """Heartbeat with what is going on; raises when the activity should end at the next step boundary.
 
     Raises `CancelledError` when the workflow cancelled it, `Draining` when the worker shuts down.
     """
-    activity.heartbeat(details)
+    _send(details)
     if activity.is_worker_shutdown():
         raise Draining
     if activity.is_cancelled():
         raise CancelledError("the workflow cancelled this activity")
+
+
+def _send(details: object) -> None:
+    """One heartbeat that does not reach the event loop (blocked, or gone with its worker) is worth no training: if
+    none does, the server notices."""
+    try:
+        activity.heartbeat(details)
+    except (TimeoutError, RuntimeError) as error:
+        log.warning("a heartbeat was not sent: %s", error or type(error).__name__)
 
 
 @contextmanager
@@ -45,10 +58,10 @@ def pulse(details: str) -> Iterator[None]:
 
     def beats() -> None:
         while not ended.wait(HEARTBEAT.total_seconds() / 4):
-            activity.heartbeat(details)
+            _send(details)
 
     thread = threading.Thread(target=context.run, args=(beats,), name="pulse", daemon=True)
-    activity.heartbeat(details)
+    _send(details)
     thread.start()
     try:
         yield

@@ -9,6 +9,7 @@ from typing import Any
 from temporalio import activity
 
 from esper.activities import names
+from esper.activities.heartbeats import pulse
 from esper.contracts.assets import Kernel
 from esper.contracts.config import CompileMode
 from esper.contracts.enums import KernelState
@@ -49,6 +50,10 @@ class TezzeretActivities:
     @activity.defn(name=names.BUILD_KERNEL.name, no_thread_cancel_exception=True)
     def build_kernel(self, request: BuildRequest) -> BuiltKernel:
         """From blueprint and samples to two files in Urza."""
+        with pulse("building"):
+            return self._build(request)
+
+    def _build(self, request: BuildRequest) -> BuiltKernel:
         adaptation = request.adaptation
         hyperparameters = resolve_hyperparameters(adaptation.blueprint, request.site, adaptation.hyperparameters)
         files = build_in_child(
@@ -78,6 +83,10 @@ class TezzeretActivities:
     @activity.defn(name=names.CERTIFY_KERNEL.name, no_thread_cancel_exception=True)
     def certify_kernel(self, request: CertifyRequest) -> PublishRequest:
         """The birth certificate; a kernel that fails it is refused here and never published as usable."""
+        with pulse("certifying"):
+            return self._certify(request)
+
+    def _certify(self, request: CertifyRequest) -> PublishRequest:
         build, kernel = request.build, request.kernel
         store = self._connections.store(build.urza)
         certificate = certify_in_child(

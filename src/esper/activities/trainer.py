@@ -42,11 +42,15 @@ from esper.contracts.orders import LoadRequest
 from esper.contracts.orders import ReleaseRequest
 from esper.contracts.orders import RemoveRequest
 from esper.errors import LeaseLost
+from esper.runtime.temporal.options import HEARTBEAT
 from esper.runtime.tolaria.session import Session
 from esper.runtime.urza.connections import Connections
 from esper.runtime.urza.library import Library
 
 log = logging.getLogger(__name__)
+
+OLD_WORK_S = 2 * HEARTBEAT.total_seconds()
+"""How long a trainer that is claimed again by its run waits for what it did under the lease before."""
 
 
 class TrainerActivities:
@@ -62,7 +66,7 @@ class TrainerActivities:
         self._loop = loop
         self._session: Session | None = None
         self._busy = 0
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
 
     def on_own_queue(self) -> list[Callable[..., Any]]:
         return [
@@ -87,9 +91,17 @@ class TrainerActivities:
         """True while no activity touches the session."""
         return self._busy == 0
 
+    async def holds_lease(self) -> bool:
+        """Whether the run is still this process's, by the word of Urza."""
+        if self.lease is None or self._library is None:
+            return False
+        return await self._library.lease(self.lease.run_id) == self.lease
+
     @activity.defn(name=names.CLAIM_TRAINER.name)
     async def claim_trainer(self, request: ClaimRequest) -> Lease:
         """Give this process to a run: a new lease, which fences off every earlier one of that run."""
+        if activity.is_worker_shutdown():
+            raise ApplicationError("this trainer shuts down", type="TrainerBusy")
         if self.lease is not None and self.lease.run_id != request.run_id:
             raise ApplicationError(f"this trainer serves {self.lease.run_id}", type="TrainerBusy")
         library = await self._connections.library(request.urza)
@@ -103,8 +115,7 @@ class TrainerActivities:
     def load_run(self, request: LoadRequest) -> LoadedRun:
         """Build the task and the model, and go back to the run's head."""
         with pulse("loading"), self._holding(request.lease):
-            if self._session is not None:
-                self._session.close()
+            self._clear()
             _enter(request.code)
             library = asyncio.run_coroutine_threadsafe(
                 self._connections.library(request.config.urza), self._loop
@@ -121,7 +132,7 @@ class TrainerActivities:
         """Train to the end of one epoch; on SIGTERM commit where it stands and let another process go on."""
         with draining_to_failure(), self._working(request.lease) as session:
             try:
-                result = session.train_epoch(request, beat)
+                result = session.train_epoch(request, self._beat_under(request.lease))
             except Draining:
                 log.info("draining: committed where training stood")
                 session.checkpoint(hold=True)
@@ -147,7 +158,7 @@ class TrainerActivities:
     def judge_seed(self, request: JudgeRequest) -> JudgeReport:
         """Train the twin and take the verdict."""
         with draining_to_failure(), self._working(request.lease) as session:
-            report = session.judge(request.adaptation_id, beat)
+            report = session.judge(request.adaptation_id, self._beat_under(request.lease))
             log.info("verdict on %s: %s, %s", report.adaptation_id, report.verdict.value, report.reason)
             return report
 
@@ -166,31 +177,53 @@ class TrainerActivities:
     @activity.defn(name=names.RELEASE_TRAINER.name, no_thread_cancel_exception=True)
     def release_trainer(self, request: ReleaseRequest) -> FinishedRun:
         """The end of this process's service: evaluate and export when the run ends well, then let go."""
-        with pulse("finishing"), self._working(request.lease) as session:
-            finished = session.finish() if request.finish else session.unfinished()
-            session.close()
+        if request.finish:
+            with pulse("finishing"), self._working(request.lease) as session:
+                finished = session.finish()
+        else:
+            with self._holding(request.lease):
+                finished = FinishedRun(head=None, digest=None, metrics={}, parameters=0)
         log.info("released: %s", request.outcome.value)
         self._loop.call_soon_threadsafe(self.released.set)
         return finished
 
+    def _beat_under(self, lease: Lease) -> Callable[[object], None]:
+        """Heartbeats of work under one lease: it ends at the next boundary once the process has been claimed anew."""
+
+        def beat_under(details: object) -> None:
+            beat(details)
+            if self.lease != lease:
+                raise _stale(lease, self.lease)
+
+        return beat_under
+
+    def _clear(self) -> None:
+        """Let the work under earlier leases end, and their session go: two models must not train side by side in
+        one process, since they would draw from the same random generators."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._busy == 1, OLD_WORK_S):
+                raise LeaseLost(
+                    "ESP-503",
+                    "what this trainer did under an earlier lease does not end",
+                    hint="nothing to do: another process is claimed",
+                )
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
     @contextmanager
     def _holding(self, lease: Lease) -> Iterator[None]:
         """Refuse stale orders; count fresh ones."""
-        with self._lock:
-            if self.lease is None or lease.lease_gen != self.lease.lease_gen:
-                held = self.lease.lease_gen if self.lease is not None else "none"
-                raise LeaseLost(
-                    "ESP-503",
-                    f"run {lease.run_id}: an order under lease {lease.lease_gen} reached a trainer that holds {held}",
-                    hint="nothing to do: the run goes on under the newer lease",
-                    run_id=lease.run_id,
-                )
+        with self._changed:
+            if lease != self.lease:
+                raise _stale(lease, self.lease)
             self._busy += 1
         try:
             yield
         finally:
-            with self._lock:
+            with self._changed:
                 self._busy -= 1
+                self._changed.notify_all()
 
     @contextmanager
     def _working(self, lease: Lease) -> Iterator[Session]:
@@ -198,6 +231,16 @@ class TrainerActivities:
             if self._session is None:
                 raise LeaseLost("ESP-503", f"run {lease.run_id} is not loaded here", hint="it is claimed anew")
             yield self._session
+
+
+def _stale(lease: Lease, held: Lease | None) -> LeaseLost:
+    return LeaseLost(
+        "ESP-503",
+        f"run {lease.run_id}: an order under lease {lease.lease_gen} reached a trainer that holds "
+        f"{f'{held.lease_gen} of run {held.run_id}' if held is not None else 'none'}",
+        hint="nothing to do: the run goes on under the newer lease",
+        run_id=lease.run_id,
+    )
 
 
 def _enter(code: CodeLocation | None) -> None:

@@ -1,6 +1,7 @@
 """The orchestrator's own activities: what a run's workflow enters into the library."""
 
 from collections.abc import Callable
+from collections.abc import Sequence
 from datetime import UTC
 from datetime import datetime
 from typing import Any
@@ -8,9 +9,13 @@ from typing import Any
 from temporalio import activity
 
 from esper.activities import names
+from esper.contracts.enums import AdaptationState
+from esper.contracts.operational import Adaptation
 from esper.contracts.operational import AdaptationDecision
+from esper.contracts.operational import EpochReport
 from esper.contracts.operational import LossPoint
 from esper.contracts.orders import KnownRun
+from esper.contracts.orders import OpenOrder
 from esper.contracts.orders import RecordAdaptation
 from esper.contracts.orders import RecordDecision
 from esper.contracts.orders import RecordOutcome
@@ -35,9 +40,10 @@ class UrzaActivities:
         record = await library.record_run(request, datetime.now(UTC).isoformat(timespec="seconds"))
         reports = await library.reports(request.run_id)
         decisions = await library.decisions(request.run_id)
+        adaptations = await library.adaptations(request.run_id)
         return KnownRun(
             record=record,
-            adaptations=await library.adaptations(request.run_id),
+            adaptations=adaptations,
             losses=tuple(
                 LossPoint(
                     epoch=report.epoch,
@@ -50,6 +56,7 @@ class UrzaActivities:
             report=reports[-1] if reports else None,
             decided_epoch=max((decision.epoch for decision in decisions), default=0),
             decisions=len(decisions),
+            open_orders=_open_orders(adaptations, decisions, reports),
         )
 
     @activity.defn(name=names.RECORD_DECISION.name)
@@ -72,3 +79,17 @@ class UrzaActivities:
         """How the run stands now."""
         library = await self._connections.library(request.urza)
         return await library.finish(request)
+
+
+def _open_orders(
+    adaptations: Sequence[Adaptation], decisions: Sequence[AdaptationDecision], reports: Sequence[EpochReport]
+) -> tuple[OpenOrder, ...]:
+    """What is neither grafted nor given up, with what was decided and measured for it."""
+    decided = {decision.epoch: decision.contract for decision in decisions}
+    samples = {report.epoch: report.site_samples for report in reports}
+    return tuple(
+        OpenOrder(adaptation_id=adaptation.adaptation_id, site=site, site_samples=samples.get(adaptation.epoch))
+        for adaptation in adaptations
+        if adaptation.state in (AdaptationState.ORDERED, AdaptationState.DELIVERED)
+        and (site := decided.get(adaptation.epoch)) is not None
+    )

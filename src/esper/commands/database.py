@@ -45,7 +45,7 @@ def check(url: options.DatabaseOption = None, as_json: options.JsonFlag = False)
         raise DatabaseUnavailable(
             "ESP-334",
             f"database {status.database} {found}; this Esper needs revision {status.head}",
-            hint="Run `esper-cli db upgrade`",
+            hint="Run `esper-cli db upgrade`; --database URL names another than the default",
         )
     if as_json:
         output.write_json(_form(status.database, status.current, status.head, status.state))

@@ -12,6 +12,7 @@ from typing import TextIO
 
 import typer
 
+from esper.errors import ConfigurationError
 from esper.errors import EsperError
 
 COLUMN_GAP = "  "
@@ -41,6 +42,10 @@ def write(text: str) -> None:
     except BrokenPipeError:
         silence_stdout()
         raise typer.Exit(0) from None
+    except OSError as error:
+        silence_stdout()
+        reason = error.strerror or type(error).__name__
+        raise ConfigurationError("ESP-208", f"stdout cannot be written: {reason}") from error
 
 
 def silence_stdout() -> None:

@@ -27,12 +27,14 @@ def start_run(
     Ctrl-C leaves the run running and says how to look again.
     """
     from esper.commands.actions import launch
-    from esper.commands.actions import rehearsal
 
     prepared = launch.prepare(
         quick_start=quick_start, config=config, values=values or [], run_id=run_id, output_folder=output_folder
     )
     if dry_run:
+        # Only a rehearsal needs torch, which takes seconds to load.
+        from esper.commands.actions import rehearsal
+
         return rehearsal.rehearse(prepared, as_json=as_json)
     return launch.start(prepared, detach=detach, as_json=as_json)
 

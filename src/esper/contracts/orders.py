@@ -145,7 +145,8 @@ class ReleaseRequest(Contract):
 class FinishedRun(Contract):
     """What only the trainer knows at the end."""
 
-    head: HeadRef
+    head: HeadRef | None
+    """`None` when it let go of a run that it had not loaded."""
     digest: Digest | None
     metrics: dict[str, float]
     parameters: Annotated[int, Field(ge=0)]
@@ -238,6 +239,14 @@ class RecordRun(Contract):
     config: EsperConfig
 
 
+class OpenOrder(Contract):
+    """A kernel that was ordered and neither grafted nor missed when the run ended: what its forge must know."""
+
+    adaptation_id: AdaptationId
+    site: SiteContract
+    site_samples: ArtifactRef | None = None
+
+
 class KnownRun(Contract):
     """What Urza already knows when a workflow begins: empty for a new run, the past of a resumed one."""
 
@@ -248,6 +257,7 @@ class KnownRun(Contract):
     """The last one, when there is one."""
     decided_epoch: Annotated[int, Field(ge=0)] = 0
     decisions: Annotated[int, Field(ge=0)] = 0
+    open_orders: tuple[OpenOrder, ...] = ()
 
 
 class RecordDecision(Contract):
@@ -298,6 +308,8 @@ class RunDocument(Contract):
     web_ui: str | None
     output: str | None
     warnings: tuple[str, ...] = ()
+    error: dict[str, JsonValue] | None = None
+    """Of a failed run, in the error form of `--json`."""
 
 
 class RunStatus(Contract):
@@ -338,7 +350,7 @@ class TrainingState(Contract):
     pauses: Annotated[int, Field(ge=0)] = 0
     restarts: Annotated[int, Field(ge=0)] = 0
     decisions: Annotated[int, Field(ge=0)] = 0
-    seen_events: tuple[str, ...] = ()
+    losses_in_a_row: Annotated[int, Field(ge=0)] = 0
 
 
 class TrainingRequest(Contract):

@@ -135,6 +135,20 @@ def check_run_id(run_id: str) -> str:
     return run_id
 
 
+def check_current_folder() -> None:
+    """Nothing if the folder that we were started in is still there; else torch would end the process while it loads.
+
+    Raises:
+        ConfigurationError: ESP-208.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise ConfigurationError(
+            "ESP-208", "the current folder is gone", hint="Go to a folder that is there and try again"
+        ) from None
+
+
 def check_output(folder: Path) -> Path:
     """Return the absolute path of an output folder that can be written later; nothing is written now.
 
@@ -154,7 +168,10 @@ def check_output(folder: Path) -> Path:
             raise _path_error(folder, f"{existing} is a file")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise _path_error(folder, f"{existing} is not writable")
-        if shutil.disk_usage(existing).free < _LEAST_FREE_BYTES:
+        disk = shutil.disk_usage(existing)
+        if not disk.total:
+            raise _path_error(folder, f"{existing} is not on a disk")
+        if disk.free < _LEAST_FREE_BYTES:
             raise _path_error(folder, "the disk is full", "Free some space, or give another --output")
     except (OSError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -14,7 +14,8 @@ def find_home(environment: Mapping[str, str]) -> Path:
     """The absolute path of the home; it need not exist and nothing is written.
 
     Raises:
-        ConfigurationError: ESP-208 when no path can be found; ESP-211 when `ESPER_HOME` is set to nothing.
+        ConfigurationError: ESP-208 when no path can be found or it is that of something else; ESP-211 when
+            `ESPER_HOME` is set to nothing.
     """
     given = environment.get("ESPER_HOME")
     if given is None:
@@ -27,9 +28,14 @@ def find_home(environment: Mapping[str, str]) -> Path:
             "ESP-211", "environment variable ESPER_HOME is empty", hint="Unset it or give it a folder"
         )
     try:
-        return Path(given).expanduser().absolute()
+        home = Path(given).expanduser().absolute()
+        is_other = home.exists() and not home.is_dir()
     except (OSError, RuntimeError) as error:
-        raise _no_home(f"ESPER_HOME {given!r} has no absolute path: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise _no_home(f"ESPER_HOME {given!r} cannot be used: {reason}") from None
+    if is_other:
+        raise _no_home(f"ESPER_HOME {given!r} is not a folder")
+    return home
 
 
 def make_home(environment: Mapping[str, str]) -> Path:

@@ -77,6 +77,7 @@ def run_document(view: RunView, *, web_ui: str | None, output: str | None) -> Ru
         web_ui=web_ui,
         output=output,
         warnings=record.warnings,
+        error=record.failure,
     )
 
 

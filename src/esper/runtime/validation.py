@@ -18,6 +18,8 @@ from pydantic_core import to_json
 
 from esper.contracts.config import EsperConfig
 from esper.errors import ConfigurationError
+from esper.errors import EsperError
+from esper.errors import by_code
 from esper.runtime.logs import redact
 from esper.runtime.tamiyo.policies import list_policies
 from esper.runtime.tezzeret.blueprints import list_blueprints
@@ -41,6 +43,23 @@ class Problem:
         return f"{self.what}{where}: {self.why}" if self.why else f"{self.what}{where}"
 
 
+_NAME_FORM = "letters, digits, - and _, beginning with a letter or digit, 40 at most"
+_FORMS: Mapping[KeyPath, tuple[str, str, str | None]] = {
+    ("run", "name"): ("ESP-204", _NAME_FORM, None),
+    ("run", "device"): (
+        "ESP-315",
+        "one of auto, cpu, cuda, cuda:N, mps",
+        "`esper-cli doctor` lists them",
+    ),
+    ("task", "target"): (
+        "ESP-310",
+        "package.module:function",
+        "Name a function of your own code that returns esper.Task, or take a packaged task with task.name",
+    ),
+}
+"""Code, form and hint of keys whose pattern says less to a person than words do."""
+
+
 def validate(
     data: Mapping[str, JsonValue], places: Mapping[KeyPath, Place], found: Sequence[Problem] = ()
 ) -> EsperConfig:
@@ -49,6 +68,7 @@ def validate(
     Raises:
         ConfigurationError: one error for all mistakes. ESP-203 unknown keys, ESP-204 values, ESP-212 values
             from the environment; several mistakes have the code of the first and one line each.
+        TargetError, DeviceError: ESP-310, ESP-315 where that is the only mistake.
     """
     problems = [*found, *_name_problems(data, places)]
     try:
@@ -63,16 +83,17 @@ def validate(
     raise as_error(problems)
 
 
-def as_error(problems: Sequence[Problem]) -> ConfigurationError:
+def as_error(problems: Sequence[Problem]) -> EsperError:
     """One error for them all, in the order of their places."""
     ordered = sorted(
         problems, key=lambda problem: (problem.place.line, problem.place.column) if problem.place else (0, 0)
     )
     first = ordered[0]
     if len(ordered) == 1:
-        return ConfigurationError(first.code, str(first), hint=first.hint)
+        return by_code(first.code)(first.code, str(first), hint=first.hint)
     lines = [f"  [{problem.code}] {problem}{f'. {problem.hint}' if problem.hint else ''}" for problem in ordered]
-    return ConfigurationError(first.code, "\n".join([f"{len(ordered)} mistakes in the configuration:", *lines]))
+    code = first.code if by_code(first.code) is ConfigurationError else "ESP-204"
+    return ConfigurationError(code, "\n".join([f"{len(ordered)} mistakes in the configuration:", *lines]))
 
 
 def known_keys(prefix: Sequence[str] = ()) -> list[str]:
@@ -120,6 +141,9 @@ def _problem(
     if error["type"] == "value_error":
         return Problem(code, name, place, error["msg"].removeprefix("Value error, "))
     value = _value(path, data)
+    if path in _FORMS and isinstance(value, str):
+        form_code, form, hint = _FORMS[path]
+        return Problem(form_code, name, place, f"must be {form}, not {_shown(value)}", hint)
     expected = " or ".join(dict.fromkeys(_describe(option) for option in _options(_schema_at(path))))
     return Problem(code, name, place, f"must be {expected}, not {_shown(value)}", _value_hint(value, path))
 
@@ -194,7 +218,8 @@ def _value_hint(value: JsonValue, path: KeyPath) -> str | None:
         except ValueError:
             return None
         return f"It is text: write {value} without quotes"
-    if isinstance(value, int | float) and any(option.get("type") == "string" for option in _options(_schema_at(path))):
+    kinds = {option.get("type") for option in _options(_schema_at(path))}
+    if isinstance(value, int | float) and "string" in kinds and not kinds & {"integer", "number"}:
         return f"It is a number: write '{value}' in quotes"
     return None
 

@@ -20,6 +20,9 @@ PENDING = frozenset({AdaptationState.ORDERED, AdaptationState.DELIVERED})
 LIVE = frozenset({AdaptationState.TRAINING, AdaptationState.FOSSILIZED})
 """Its kernel is part of the model."""
 
+_GRAFTED = frozenset({AdaptationState.TRAINING, AdaptationState.FOSSILIZED, AdaptationState.CULLED})
+_UNDECIDED = PENDING | {AdaptationState.TRAINING}
+
 _STATE_AFTER_FACT = {
     FactKind.GRAFT: AdaptationState.TRAINING,
     FactKind.MISSED: AdaptationState.MISSED,
@@ -28,7 +31,7 @@ _STATE_AFTER_FACT = {
     FactKind.REMOVE: AdaptationState.CULLED,
     FactKind.QUARANTINE: AdaptationState.FAILED,
 }
-_ENDED = frozenset(AdaptationState) - PENDING - {AdaptationState.TRAINING, AdaptationState.FOSSILIZED}
+_VERDICTS = frozenset({FactKind.FOSSILIZE, FactKind.CULL})
 
 
 class AdaptationBook:
@@ -48,13 +51,22 @@ class AdaptationBook:
     def get(self, adaptation_id: str) -> Adaptation | None:
         return self._adaptations.get(adaptation_id)
 
+    def ordered_at(self, epoch: int) -> Adaptation | None:
+        """What the decision on this epoch's report ordered: one decision orders once, however often it is read."""
+        return next((adaptation for adaptation in self._adaptations.values() if adaptation.epoch == epoch), None)
+
     def order(
         self, run_id: str, decision: AdaptationDecision, report: EpochReport, apply_step: int | None
-    ) -> Adaptation:
-        """Enter what a decision orders; the number counts all adaptations of the run from 1."""
+    ) -> Adaptation | None:
+        """Enter what a decision orders; the number counts all adaptations of the run from 1.
+
+        `None` when it names no site, seed and blueprint, or when it was entered before.
+        """
         if decision.site is None or decision.seed is None or decision.blueprint is None:
-            raise ValueError(f"decision on epoch {decision.epoch} orders growth without a site, seed and blueprint")
-        number = len(self._adaptations) + 1
+            return None
+        if self.ordered_at(decision.epoch) is not None:
+            return None
+        number = max((adaptation.number for adaptation in self._adaptations.values()), default=0) + 1
         adaptation = Adaptation(
             adaptation_id=f"{run_id}/a{number}",
             number=number,
@@ -72,9 +84,11 @@ class AdaptationBook:
         return adaptation
 
     def deliver(self, delivery: KernelDelivery) -> Adaptation | None:
-        """Take a kernel in; `None` when nothing waits for it (late, vetoed, unknown)."""
+        """Take a kernel in; `None` when nothing waits for exactly this (late, repeated, vetoed, unknown)."""
         adaptation = self._adaptations.get(delivery.adaptation.adaptation_id)
         if adaptation is None or adaptation.state is not AdaptationState.ORDERED:
+            return None
+        if delivery.adaptation != scheduled(adaptation):
             return None
         self._deliveries[adaptation.adaptation_id] = delivery
         return self._change(adaptation, state=AdaptationState.DELIVERED, kernel=delivery.kernel)
@@ -87,34 +101,54 @@ class AdaptationBook:
         return self._change(adaptation, state=state, reason=reason)
 
     def accept(self, fact: Fact) -> Adaptation | None:
-        """A graft is recorded for its step: from now on its judge step is known."""
+        """A graft is recorded for its step: it will be made, whatever was believed of it before."""
         adaptation = self._adaptations.get(fact.adaptation_id)
-        if adaptation is None or adaptation.judge_step == fact.judge_step:
+        if adaptation is None or adaptation.state in _GRAFTED:
             return None
-        return self._change(adaptation, apply_step=fact.apply_step, judge_step=fact.judge_step)
+        state = adaptation.state if adaptation.state in PENDING else AdaptationState.DELIVERED
+        if (adaptation.state, adaptation.judge_step) == (state, fact.judge_step):
+            return None
+        return self._change(
+            adaptation,
+            state=state,
+            kernel=_kernel(fact, adaptation),
+            apply_step=fact.apply_step,
+            judge_step=fact.judge_step,
+        )
 
     def apply(self, fact: Fact) -> Adaptation | None:
-        """A fact was executed; `None` when it changes nothing that the book does not know already."""
+        """A fact rules; `None` when it changes nothing that the book does not know already.
+
+        The fact of a verdict waits for its report, which says why: `judge` brings both.
+        """
         adaptation = self._adaptations.get(fact.adaptation_id)
         state = _STATE_AFTER_FACT.get(fact.kind)
-        if adaptation is None or state is None or adaptation.state is state or adaptation.state in _ENDED:
+        if adaptation is None or state is None:
             return None
-        if state is AdaptationState.TRAINING:
-            if adaptation.state not in PENDING:
+        if fact.kind is FactKind.GRAFT:
+            if adaptation.state in _GRAFTED:
                 return None
-            kernel = fact.delivery.kernel if fact.delivery is not None else adaptation.kernel
             return self._change(
-                adaptation, state=state, kernel=kernel, apply_step=fact.apply_step, judge_step=fact.judge_step
+                adaptation,
+                state=state,
+                kernel=_kernel(fact, adaptation),
+                apply_step=fact.apply_step,
+                judge_step=fact.judge_step,
             )
-        reason = fact.reason or adaptation.reason
-        return self._change(adaptation, state=state, reason=reason)
+        if fact.kind is FactKind.MISSED:
+            return self.fail(fact.adaptation_id, state, fact.reason or adaptation.reason)
+        if adaptation.state is not AdaptationState.TRAINING:
+            return None
+        if fact.kind in _VERDICTS and fact.apply_step == adaptation.judge_step and adaptation.judge is None:
+            return None
+        return self._change(adaptation, state=state, reason=fact.reason or adaptation.reason)
 
     def judge(self, verdict: JudgeReport) -> Adaptation | None:
-        """The verdict over a graft on probation."""
+        """The verdict over a graft on probation; over one that has ended otherwise it is only noted."""
         adaptation = self._adaptations.get(verdict.adaptation_id)
         if adaptation is None or adaptation.judge is not None:
             return None
-        if verdict.verdict is Verdict.VOID:
+        if adaptation.state not in _UNDECIDED:
             return self._change(adaptation, judge=verdict)
         state = AdaptationState.FOSSILIZED if verdict.verdict is Verdict.KEEP else AdaptationState.CULLED
         return self._change(adaptation, state=state, judge=verdict, reason=verdict.reason)
@@ -138,22 +172,21 @@ class AdaptationBook:
         return tuple(scheduled(a) for a in self._adaptations.values() if a.state in PENDING)
 
     def to_judge(self, step: int) -> str | None:
-        """The graft whose hold ends exactly here."""
+        """The graft whose hold has ended by now, and of which no verdict is known."""
         for adaptation in self._adaptations.values():
             if (
                 adaptation.judge is None
                 and adaptation.state is AdaptationState.TRAINING
-                and adaptation.judge_step == step
+                and adaptation.judge_step is not None
+                and adaptation.judge_step <= step
             ):
                 return adaptation.adaptation_id
         return None
 
     def live_at(self, site: str) -> Adaptation | None:
-        """The newest live adaptation at a site."""
-        for adaptation in reversed(self._adaptations.values()):
-            if adaptation.site == site and adaptation.state in LIVE:
-                return adaptation
-        return None
+        """The newest live adaptation at a site; one on probation before one that was kept."""
+        live = [a for a in reversed(self._adaptations.values()) if a.site == site and a.state in LIVE]
+        return next((a for a in live if a.state is AdaptationState.TRAINING), live[0] if live else None)
 
     def pending(self) -> Adaptation | None:
         for adaptation in self._adaptations.values():
@@ -183,6 +216,10 @@ def scheduled(adaptation: Adaptation) -> ScheduledAdaptation:
         decided_epoch=adaptation.epoch,
         apply_step=adaptation.apply_step,
     )
+
+
+def _kernel(fact: Fact, adaptation: Adaptation) -> str | None:
+    return fact.delivery.kernel if fact.delivery is not None else adaptation.kernel
 
 
 def _generation(report: EpochReport, site: str, index: int) -> int:

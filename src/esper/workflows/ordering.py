@@ -7,6 +7,7 @@ from temporalio import workflow
 
 from esper.activities.names import ActivityName
 from esper.runtime.temporal.options import OPTIONS
+from esper.workflows.presentation import clipped
 
 ArgumentT = TypeVar("ArgumentT")
 ResultT = TypeVar("ResultT")
@@ -19,17 +20,25 @@ async def order(
     task_queue: str,
     summary: str,
     options: str | None = None,
+    limit: timedelta | None = None,
     deadline: timedelta | None = None,
 ) -> ResultT:
     """Run one activity and return its result.
 
-    `options` names another row of the table than the activity's own; `deadline` bounds waiting, running
-    and retrying together.
+    `options` names another row of the table than the activity's own; `limit` bounds one attempt, `deadline`
+    waiting, running and retrying together.
     """
     keywords = OPTIONS[options or activity.name].keywords()
+    if limit is not None:
+        keywords["start_to_close_timeout"] = limit
     if deadline is not None:
         keywords["schedule_to_close_timeout"] = deadline
     result: ResultT = await workflow.execute_activity(
-        activity.name, argument, task_queue=task_queue, result_type=activity.result, summary=summary, **keywords
+        activity.name,
+        argument,
+        task_queue=task_queue,
+        result_type=activity.result,
+        summary=clipped(summary),
+        **keywords,
     )
     return result

@@ -1,6 +1,7 @@
 """The front desk of a run: what others may ask of it and what it shows. Handlers only write down."""
 
 from temporalio import workflow
+from temporalio.exceptions import ApplicationError
 
 from esper.contracts.assets import Seed
 from esper.contracts.enums import AdaptationState
@@ -21,7 +22,6 @@ from esper.contracts.operational import Adaptation
 from esper.contracts.orders import RunStatus
 from esper.contracts.orders import TrainingRequest
 from esper.workflows import presentation
-from esper.workflows.adaptation_book import PENDING
 from esper.workflows.run_progress import RunProgress
 from esper.workflows.task_ring import TrainerLost
 
@@ -33,12 +33,16 @@ class RunDesk:
 
     def __init__(self, request: TrainingRequest) -> None:
         self.progress = RunProgress(request)
-        self.phase = "starting"
+        self.phase = "starting" if self.progress.lease is None else "training"
         self.outcome = Outcome.RUNNING
         self.stopping = False
+        self.holder = self.progress.lease
+        """The lease that a trainer was given, from its claim on; `progress.lease` is set once it has loaded the run."""
         self.lost: TrainerLost | None = None
         self.abandoned: dict[str, str] = {}
-        self.removals: list[Adaptation] = []
+        """Adaptations that a trainer must still be told not to wait for, and why."""
+        self.removals: dict[str, Adaptation] = {}
+        """What a person culled and a trainer has not yet recorded."""
         self.unrecorded: list[Adaptation] = []
         self._woken = False
 
@@ -54,6 +58,7 @@ class RunDesk:
         """Begin a phase of the run's life."""
         self.phase = phase
         self.show()
+        self.publish()
 
     def show(self) -> None:
         """Bring the Web UI's current details up to date."""
@@ -69,6 +74,7 @@ class RunDesk:
         self.stopping = True
         self.progress.pauses += 1
         self.progress.paused = False
+        self.wake()
 
     def note(self, adaptation: Adaptation | None) -> None:
         """Keep a changed adaptation for Urza; `None`: nothing changed."""
@@ -78,9 +84,16 @@ class RunDesk:
             self.wake()
 
     def give_up(self, adaptation_id: str, state: AdaptationState, reason: str) -> None:
-        """End a pending adaptation; the trainer is told not to wait for its kernel."""
-        self.note(self.progress.book.fail(adaptation_id, state, reason))
-        self.abandoned[adaptation_id] = reason
+        """End an adaptation whose kernel no trainer has been given; training does not wait for it any more."""
+        adaptation = self.progress.book.get(adaptation_id)
+        if adaptation is not None and adaptation.state is AdaptationState.ORDERED:
+            self.note(self.progress.book.fail(adaptation_id, state, reason))
+            self.abandoned[adaptation_id] = reason
+
+    def expire_orders(self, reason: str) -> None:
+        """The run is over: whatever is still on its way has missed it."""
+        for adaptation in self.progress.book.all():
+            self.note(self.progress.book.fail(adaptation.adaptation_id, AdaptationState.MISSED, reason))
 
     def _status(self) -> RunStatus:
         return self.progress.status(self.phase, self.outcome)
@@ -101,22 +114,24 @@ class RunDesk:
 
     # --- messages ---------------------------------------------------------------------------------------------
 
+    # Anybody may signal: one without a message, or with null for it, must not stop the workflow. (What is no message
+    # of that kind is dropped before it comes here.)
+
     @workflow.signal(description="a certified kernel lies in Urza")
-    def kernel_ready(self, message: Envelope[KernelReady]) -> None:
-        if self.progress.first_sight(message.event_id):
+    def kernel_ready(self, message: Envelope[KernelReady] | None = None) -> None:
+        if message is not None:
             self.note(self.progress.book.deliver(message.payload.delivery))
-            self.wake()
 
     @workflow.signal(description="there will be no kernel for an adaptation")
-    def kernel_failed(self, message: Envelope[KernelFailed]) -> None:
-        if self.progress.first_sight(message.event_id):
+    def kernel_failed(self, message: Envelope[KernelFailed] | None = None) -> None:
+        if message is not None:
             self.give_up(message.payload.adaptation_id, AdaptationState.FAILED, message.payload.reason)
-            self.wake()
 
     @workflow.signal(description="the process that served this queue is dead")
-    def trainer_lost(self, message: Envelope[TrainerLostMessage]) -> None:
-        lease = self.progress.lease
-        if lease is not None and lease.task_queue == message.payload.task_queue:
+    def trainer_lost(self, message: Envelope[TrainerLostMessage] | None = None) -> None:
+        if message is None or self.holder is None:
+            return
+        if self.holder.task_queue == message.payload.task_queue:
             self.lost = TrainerLost(message.payload.reason, silent=True)
             self.wake()
 
@@ -186,7 +201,12 @@ class RunDesk:
         adaptation = self.progress.book.get(message.payload.adaptation_id)
         if adaptation is None:
             raise ValueError(f"there is no adaptation {message.payload.adaptation_id}")
-        if adaptation.state not in PENDING:
+        if adaptation.state is AdaptationState.DELIVERED:
+            raise ValueError(
+                f"the kernel of {adaptation.adaptation_id} is with the trainer, which grafts it at a recorded step: "
+                f"cull {adaptation.site} after that"
+            )
+        if adaptation.state is not AdaptationState.ORDERED:
             raise ValueError(f"{adaptation.adaptation_id} is already {adaptation.state.value}")
 
     @workflow.update(description="never grow this site again")
@@ -201,17 +221,25 @@ class RunDesk:
 
     @workflow.update(description="ramp what was grown here to zero, then remove it")
     def cull_seed(self, message: Envelope[CullSeed]) -> Answer:
-        adaptation = self.progress.book.live_at(message.payload.site)
-        if adaptation is None:
-            raise ValueError(f"nothing lives at {message.payload.site}")
-        self.removals.append(adaptation)
+        adaptation = self._on_probation(message.payload.site)
+        self.removals[adaptation.adaptation_id] = adaptation
         return self._answer(f"{adaptation.adaptation_id} ramps to zero", adaptation.adaptation_id)
 
     @cull_seed.validator
     def _may_cull(self, message: Envelope[CullSeed]) -> None:
         self._not_ending()
-        if self.progress.book.live_at(message.payload.site) is None:
-            raise ValueError(f"nothing lives at {message.payload.site}")
+        adaptation = self._on_probation(message.payload.site)
+        if adaptation.adaptation_id in self.removals:
+            raise ValueError(f"{adaptation.adaptation_id} is being removed already")
+
+    def _on_probation(self, site: str) -> Adaptation:
+        """What can be culled there. An update handler must fail its update, never its workflow task."""
+        adaptation = self.progress.book.live_at(site)
+        if adaptation is None:
+            raise ApplicationError(f"nothing lives at {site}")
+        if adaptation.state is AdaptationState.FOSSILIZED:
+            raise ApplicationError(f"{adaptation.adaptation_id} was kept: it is part of the model now")
+        return adaptation
 
     def _not_ending(self) -> None:
         if self.stopping or self.phase in _ENDING:

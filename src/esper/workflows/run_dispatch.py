@@ -4,28 +4,35 @@ records beside them."""
 from temporalio import workflow
 from temporalio.exceptions import ActivityError
 from temporalio.exceptions import ChildWorkflowError
-from temporalio.exceptions import is_cancelled_exception
+from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from esper.activities import names
+from esper.contracts.assets import ArtifactRef
+from esper.contracts.assets import SiteContract
 from esper.contracts.enums import AdaptationState
 from esper.contracts.enums import DecisionKind
+from esper.contracts.enums import FactKind
 from esper.contracts.operational import Adaptation
 from esper.contracts.operational import AdaptationDecision
 from esper.contracts.operational import EpochReport
 from esper.contracts.operational import KernelDelivery
+from esper.contracts.operational import ScheduledAdaptation
 from esper.contracts.orders import AbandonRequest
 from esper.contracts.orders import BuildRequest
 from esper.contracts.orders import CheckpointRequest
 from esper.contracts.orders import DecisionRequest
 from esper.contracts.orders import EpochRequest
 from esper.contracts.orders import InstallRequest
+from esper.contracts.orders import InstallResult
 from esper.contracts.orders import JudgeRequest
 from esper.contracts.orders import Lease
+from esper.contracts.orders import LoadedRun
 from esper.contracts.orders import RecordAdaptation
 from esper.contracts.orders import RemoveRequest
 from esper.contracts.orders import ScoreRequest
 from esper.runtime.temporal import queues
 from esper.runtime.temporal.failures import from_failure
+from esper.runtime.temporal.options import INSTALL_ATTEMPTS
 from esper.workflows import presentation
 from esper.workflows.adaptation_book import scheduled
 from esper.workflows.ordering import order
@@ -47,6 +54,10 @@ class Dispatcher:
     def busy(self) -> bool:
         return bool(self.pinned or self.control)
 
+    def at_rest(self) -> bool:
+        """Whether the trainer was told to hold, and has."""
+        return not self.pinned and self._held_for_pause == self._desk.progress.pauses
+
     def renew(self) -> None:
         """A new trainer: what the old one was told counts no more."""
         self._answered.clear()
@@ -61,21 +72,24 @@ class Dispatcher:
 
     def dispatch(self) -> None:
         progress, lease = self._desk.progress, self._desk.progress.lease
-        if lease is None:
+        if lease is None or progress.loaded is None:
             return
         if self._desk.stopping or progress.paused:
             if self._held_for_pause != progress.pauses:
                 self._held_for_pause = progress.pauses
-                self.pinned.start("checkpoint", self._hold(lease))
-        elif not self.should_continue():
-            self._order_epochs(lease)
-        if not self._desk.stopping:
+                self.pinned.start(f"checkpoint {progress.pauses}", self._hold(lease, progress.pauses))
+        else:
+            # A twin is trained where the model is: it waits for the end of a pause like an epoch.
             self._order_judge(lease)
+            if not self.should_continue():
+                self._order_epochs(lease)
+        if not self._desk.stopping:
             self._order_removals(lease)
-            self._start_decision()
+            self._start_decision(progress.loaded)
+            self._forge_again()
         self._answer_deliveries(lease)
         if self._desk.unrecorded and "record" not in self.control:
-            self.control.start("record", self._record_adaptations())
+            self.control.start("record", self.record_adaptations())
 
     def _order_epochs(self, lease: Lease) -> None:
         for epoch in self._desk.progress.orderable():
@@ -106,10 +120,10 @@ class Dispatcher:
         self._desk.show()
         self._desk.publish()
 
-    async def _hold(self, lease: Lease) -> None:
+    async def _hold(self, lease: Lease, pauses: int) -> None:
         await order(
             names.CHECKPOINT,
-            CheckpointRequest(lease=lease, hold=True, pauses=self._desk.progress.pauses),
+            CheckpointRequest(lease=lease, hold=True, pauses=pauses),
             task_queue=lease.task_queue,
             summary="commit at the next step boundary",
         )
@@ -132,17 +146,21 @@ class Dispatcher:
         self._desk.enter("training")
 
     def _order_removals(self, lease: Lease) -> None:
-        while self._desk.removals:
-            adaptation = self._desk.removals.pop(0)
-            self.pinned.start(f"remove {adaptation.adaptation_id}", self._remove(lease, adaptation))
+        for adaptation in self._desk.removals.values():
+            key = f"remove {adaptation.adaptation_id}"
+            if key not in self.pinned:
+                self.pinned.start(key, self._remove(lease, adaptation))
 
     async def _remove(self, lease: Lease, adaptation: Adaptation) -> None:
-        await order(
+        result = await order(
             names.REMOVE_SEED,
             RemoveRequest(lease=lease, adaptation_id=adaptation.adaptation_id, site=adaptation.site),
             task_queue=lease.task_queue,
             summary=f"cull {adaptation.adaptation_id} at {adaptation.site}",
         )
+        self._desk.removals.pop(adaptation.adaptation_id, None)
+        if not result.accepted:
+            workflow.logger.warning("%s is not removed: %s", adaptation.adaptation_id, result.reason)
 
     def _answer_deliveries(self, lease: Lease) -> None:
         for delivery in self._desk.progress.book.deliveries():
@@ -153,58 +171,69 @@ class Dispatcher:
         for adaptation_id, reason in self._desk.abandoned.items():
             adaptation = self._desk.progress.book.get(adaptation_id)
             key = f"abandon {adaptation_id}"
-            if adaptation is not None and key not in self._answered:
-                self._answered.add(key)
-                self.pinned.start(key, self._abandon(lease, adaptation, reason))
+            if adaptation is not None and key not in self.pinned:
+                self.pinned.start(key, self._abandon(lease, scheduled(adaptation), reason))
 
     async def _install(self, lease: Lease, delivery: KernelDelivery) -> None:
-        adaptation_id = delivery.adaptation.adaptation_id
-        try:
-            result = await order(
-                names.INSTALL_KERNEL,
-                InstallRequest(lease=lease, delivery=delivery),
-                task_queue=lease.task_queue,
-                summary=f"install {delivery.adaptation.blueprint} at {delivery.adaptation.site}",
-            )
-        except ActivityError as failure:
-            if trainer_loss(failure) is not None or is_cancelled_exception(failure):
-                raise
-            # A kernel that cannot be installed costs its adaptation, never the training.
-            self._desk.give_up(adaptation_id, AdaptationState.FAILED, str(from_failure(failure)))
-            return
-        if result.accepted and result.fact is not None:
-            self._desk.note(self._desk.progress.book.accept(result.fact))
-        else:
+        """Have the trainer record the graft. A kernel that cannot be installed costs its adaptation, never the
+        training; what the trainer has recorded rules."""
+        adaptation = delivery.adaptation
+        for attempt in range(INSTALL_ATTEMPTS):
+            try:
+                result = await order(
+                    names.INSTALL_KERNEL,
+                    InstallRequest(lease=lease, delivery=delivery),
+                    task_queue=lease.task_queue,
+                    summary=f"install {adaptation.blueprint} at {adaptation.site}",
+                )
+            except ActivityError as failure:
+                loss = trainer_loss(failure)
+                if loss is not None and not loss.unavailable:
+                    raise
+                if loss is not None and attempt + 1 < INSTALL_ATTEMPTS:
+                    await workflow.sleep(2**attempt)
+                    continue
+                await self._abandon(lease, adaptation, str(from_failure(failure)))
+                return
             state = AdaptationState.STALE if result.fact is None else AdaptationState.MISSED
-            self._desk.note(self._desk.progress.book.fail(adaptation_id, state, result.reason))
+            self._settle(result, state, result.reason)
+            return
 
-    async def _abandon(self, lease: Lease, adaptation: Adaptation, reason: str) -> None:
-        await order(
+    async def _abandon(self, lease: Lease, adaptation: ScheduledAdaptation, reason: str) -> None:
+        result = await order(
             names.ABANDON_KERNEL,
-            AbandonRequest(lease=lease, adaptation=scheduled(adaptation), reason=reason),
+            AbandonRequest(lease=lease, adaptation=adaptation, reason=reason),
             task_queue=lease.task_queue,
             summary=f"abandon {adaptation.adaptation_id}",
         )
+        self._desk.abandoned.pop(adaptation.adaptation_id, None)
+        self._settle(result, AdaptationState.FAILED, reason)
 
-    def _start_decision(self) -> None:
+    def _settle(self, result: InstallResult, state: AdaptationState, reason: str) -> None:
+        """Enter what the trainer says of a delivery: the graft that it recorded, or that there will be none."""
+        book = self._desk.progress.book
+        if result.fact is not None and result.fact.kind is FactKind.GRAFT:
+            self._desk.note(book.accept(result.fact))
+        else:
+            self._desk.note(book.fail(result.adaptation_id, state, reason))
+
+    def _start_decision(self, loaded: LoadedRun) -> None:
         progress = self._desk.progress
         if progress.undecided and "decide" not in self.control:
             epoch = min(progress.undecided)
-            self.control.start("decide", self._decide(progress.undecided[epoch]))
+            self.control.start("decide", self._decide(progress.undecided[epoch], loaded.steps_per_epoch))
 
-    async def _decide(self, report: EpochReport) -> None:
+    async def _decide(self, report: EpochReport, steps_per_epoch: int) -> None:
         progress, config = self._desk.progress, self._desk.progress.config
-        if progress.loaded is None:
-            raise ValueError("a report without a loaded run")
         requested, progress.requested = progress.requested, None
         request = DecisionRequest(
             score=ScoreRequest(
                 run_id=progress.run_id,
                 tamiyo=config.tamiyo,
                 max_epochs=config.run.max_epochs,
-                steps_per_epoch=progress.loaded.steps_per_epoch,
+                steps_per_epoch=steps_per_epoch,
                 lag_epochs=config.delivery.lag_epochs,
-                hold_window_steps=progress.hold_window_steps(),
+                hold_window_steps=progress.hold_window_steps(steps_per_epoch),
                 report=report,
                 history=tuple(point for point in progress.losses if point.epoch < report.epoch),
                 adaptations=progress.book.all(),
@@ -233,39 +262,66 @@ class Dispatcher:
                 static_summary=f"decide after epoch {epoch}",
             )
             return decision
-        except ChildWorkflowError as failure:
-            if is_cancelled_exception(failure):
-                raise
+        except (ChildWorkflowError, WorkflowAlreadyStartedError) as failure:
+            # Also when a person cancels or terminates it: training is never failed by the control plane.
             workflow.logger.warning("no decision on epoch %d: %s", epoch, failure.cause or failure)
             return None
 
     async def _germinate(self, decision: AdaptationDecision, report: EpochReport) -> None:
-        progress, config = self._desk.progress, self._desk.progress.config
+        progress = self._desk.progress
         if decision.contract is None:
-            raise ValueError(f"decision on epoch {decision.epoch} germinates without a site contract")
+            workflow.logger.warning("the decision on epoch %d names no site contract: not ordered", decision.epoch)
+            return
         adaptation = progress.book.order(progress.run_id, decision, report, progress.apply_step(decision.epoch))
+        if adaptation is None:
+            workflow.logger.warning("the decision on epoch %d orders nothing (new)", decision.epoch)
+            return
         self._desk.note(adaptation)
-        await workflow.start_child_workflow(
-            "TezzeretCompile",
-            BuildRequest(
-                run_id=progress.run_id,
-                run_seed=config.run.seed,
-                adaptation=scheduled(adaptation),
-                site=decision.contract,
-                site_samples=report.site_samples,
-                tezzeret=config.tezzeret,
-                optimizer=config.optimizer,
-                urza=config.urza,
-            ),
-            id=f"{progress.run_id}/tezzeret/{adaptation.adaptation_id.rsplit('/', 1)[1]}",
-            task_queue=queues.ORCHESTRATION,
-            parent_close_policy=workflow.ParentClosePolicy.ABANDON,
-            static_summary=presentation.clipped(f"forge {adaptation.blueprint} for {adaptation.site}"),
-        )
+        await self._forge(adaptation, decision.contract, report.site_samples)
 
-    async def _record_adaptations(self) -> None:
-        while self._desk.unrecorded:
-            adaptation = self._desk.unrecorded.pop(0)
+    def _forge_again(self) -> None:
+        """What an earlier life of the run had ordered and never got: its forge told a run that was over."""
+        orders, self._desk.progress.open_orders = self._desk.progress.open_orders, ()
+        for again in orders:
+            adaptation = self._desk.progress.book.get(again.adaptation_id)
+            if adaptation is not None and adaptation.state is AdaptationState.ORDERED:
+                work = self._forge(adaptation, again.site, again.site_samples)
+                self.control.start(f"forge {again.adaptation_id}", work)
+
+    async def _forge(self, adaptation: Adaptation, site: SiteContract, samples: ArtifactRef | None) -> None:
+        progress, config = self._desk.progress, self._desk.progress.config
+        request = BuildRequest(
+            run_id=progress.run_id,
+            run_seed=config.run.seed,
+            adaptation=scheduled(adaptation),
+            site=site,
+            site_samples=samples,
+            tezzeret=config.tezzeret,
+            optimizer=config.optimizer,
+            urza=config.urza,
+        )
+        try:
+            await workflow.start_child_workflow(
+                "TezzeretCompile",
+                request,
+                id=f"{progress.run_id}/tezzeret/{adaptation.adaptation_id.rsplit('/', 1)[1]}",
+                task_queue=queues.ORCHESTRATION,
+                parent_close_policy=workflow.ParentClosePolicy.ABANDON,
+                static_summary=presentation.clipped(f"forge {adaptation.blueprint} for {adaptation.site}"),
+            )
+        except WorkflowAlreadyStartedError:
+            # It outlived an earlier life of this run, and will tell this one.
+            workflow.logger.info("the forge of %s is at work already", adaptation.adaptation_id)
+        except ChildWorkflowError as failure:
+            self._desk.give_up(
+                adaptation.adaptation_id, AdaptationState.FAILED, f"no forge: {failure.cause or failure}"
+            )
+
+    async def record_adaptations(self) -> None:
+        """Bring Urza up to date."""
+        unrecorded = self._desk.unrecorded
+        while unrecorded:
+            adaptation = unrecorded[0]
             await order(
                 names.RECORD_ADAPTATION,
                 RecordAdaptation(
@@ -274,3 +330,4 @@ class Dispatcher:
                 task_queue=queues.ORCHESTRATION,
                 summary=f"{adaptation.adaptation_id} {adaptation.state.value}",
             )
+            unrecorded.remove(adaptation)

@@ -1,13 +1,16 @@
 """Where a run stands, as its workflow knows it: mutable, pure, and carried over continue-as-new as data."""
 
+from esper.contracts.enums import AdaptationState
 from esper.contracts.enums import DeliveryMode
 from esper.contracts.enums import Outcome
 from esper.contracts.messages import RequestAdaptation
+from esper.contracts.operational import Adaptation
 from esper.contracts.operational import EpochReport
 from esper.contracts.operational import LossPoint
 from esper.contracts.orders import KnownRun
 from esper.contracts.orders import Lease
 from esper.contracts.orders import LoadedRun
+from esper.contracts.orders import OpenOrder
 from esper.contracts.orders import RunStatus
 from esper.contracts.orders import TrainingRequest
 from esper.contracts.orders import TrainingState
@@ -15,9 +18,6 @@ from esper.workflows.adaptation_book import AdaptationBook
 
 KEPT_LOSSES = 64
 """Epochs of losses that a policy gets to see and that travel over continue-as-new."""
-
-KEPT_EVENTS = 256
-"""Ids of messages already taken in; older ones can no longer be resent."""
 
 
 class RunProgress:
@@ -42,15 +42,16 @@ class RunProgress:
         self.pauses = state.pauses
         self.restarts = state.restarts
         self.decisions = state.decisions
-        self.seen_events: list[str] = list(state.seen_events)
-        self.losses_in_a_row = 0
+        self.losses_in_a_row = state.losses_in_a_row
+        self.open_orders: tuple[OpenOrder, ...] = ()
         self.epochs_in_this_history = 0
 
     def to_state(self) -> TrainingState:
         """For continue-as-new: nothing is in flight when this is called."""
         return TrainingState(
             lease=self.lease,
-            loaded=self.loaded,
+            # The facts are in the book by now; a new owner of the run reads them anew.
+            loaded=self.loaded.model_copy(update={"facts": ()}) if self.loaded is not None else None,
             completed_epoch=self.completed_epoch,
             adaptations=self.book.all(),
             deliveries=self.book.deliveries(),
@@ -62,12 +63,13 @@ class RunProgress:
             pauses=self.pauses,
             restarts=self.restarts,
             decisions=self.decisions,
-            seen_events=tuple(self.seen_events),
+            losses_in_a_row=self.losses_in_a_row,
         )
 
     def adopt(self, known: KnownRun) -> None:
         """Take over what Urza remembers of a run that goes on after it had ended."""
-        self.book = AdaptationBook(known.adaptations)
+        self.book = AdaptationBook(_reopened(adaptation) for adaptation in known.adaptations)
+        self.open_orders = known.open_orders
         self.losses = list(known.losses)[-KEPT_LOSSES:]
         self.decisions = known.decisions
         self.restarts = known.record.restarts
@@ -75,16 +77,22 @@ class RunProgress:
         if known.report is not None and known.report.epoch > known.decided_epoch and self.decides(known.report):
             self.undecided[known.report.epoch] = known.report
 
-    def take_lease(self, lease: Lease, loaded: LoadedRun) -> None:
-        """A trainer has the run in memory; whatever was ordered of its predecessor is void."""
+    def take_lease(self, lease: Lease, loaded: LoadedRun) -> list[Adaptation]:
+        """A trainer has the run in memory; whatever was ordered of its predecessor is void.
+
+        Returns the adaptations of which the recorded facts know more than the book did.
+        """
+        if self.loaded is not None and loaded.step > self.loaded.step:
+            self.losses_in_a_row = 0
         self.lease = lease
         self.loaded = loaded
         self.completed_epoch = max(self.completed_epoch, self.report.epoch if self.report else 0)
         if loaded.epoch < self.completed_epoch or self.report is None:
             self.completed_epoch = loaded.epoch
         self._early.clear()
-        for fact in loaded.facts:
-            self.book.apply(fact)
+        changed = {fact.adaptation_id: self.book.apply(fact) is not None for fact in loaded.facts}
+        known = (self.book.get(adaptation_id) for adaptation_id, news in changed.items() if news)
+        return [adaptation for adaptation in known if adaptation is not None]
 
     def complete(self, report: EpochReport) -> list[EpochReport]:
         """Enter a report and give back all that now follow without a gap.
@@ -102,6 +110,8 @@ class RunProgress:
     def _enter(self, report: EpochReport) -> None:
         self.completed_epoch = report.epoch
         self.report = report
+        # After going back to an older head epochs come again.
+        self.losses = [point for point in self.losses if point.epoch < report.epoch]
         self.losses.append(
             LossPoint(
                 epoch=report.epoch,
@@ -158,19 +168,9 @@ class RunProgress:
             return None
         return (decided_epoch + self.config.delivery.lag_epochs) * self.loaded.steps_per_epoch
 
-    def hold_window_steps(self) -> int:
+    def hold_window_steps(self, steps_per_epoch: int) -> int:
         """Steps between a graft and its verdict, before rounding up to the end of an epoch."""
-        if self.loaded is None:
-            raise ValueError("no trainer has loaded the run yet")
-        return max(self.config.tamiyo.hold_epochs * self.loaded.steps_per_epoch, self.config.tamiyo.hold_steps)
-
-    def first_sight(self, event_id: str) -> bool:
-        """True once for every message; resends are dropped."""
-        if event_id in self.seen_events:
-            return False
-        self.seen_events.append(event_id)
-        del self.seen_events[:-KEPT_EVENTS]
-        return True
+        return max(self.config.tamiyo.hold_epochs * steps_per_epoch, self.config.tamiyo.hold_steps)
 
     def sites(self) -> tuple[str, ...]:
         """The names of the growth sites, as the trainer found them."""
@@ -197,3 +197,10 @@ class RunProgress:
             lease_gen=self.lease.lease_gen if self.lease is not None else 0,
             pinned=tuple(self.pinned),
         )
+
+
+def _reopened(adaptation: Adaptation) -> Adaptation:
+    """A kernel that was delivered to an earlier life of the run is ordered again: its delivery went with it."""
+    if adaptation.state is not AdaptationState.DELIVERED:
+        return adaptation
+    return adaptation.model_copy(update={"state": AdaptationState.ORDERED})

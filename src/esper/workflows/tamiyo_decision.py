@@ -9,6 +9,7 @@ from esper.contracts.enums import DecisionKind
 from esper.contracts.operational import AdaptationDecision
 from esper.contracts.orders import DecisionRequest
 from esper.contracts.orders import RecordDecision
+from esper.contracts.orders import ScoreRequest
 from esper.runtime.temporal import queues
 from esper.workflows.ordering import order
 
@@ -22,9 +23,12 @@ class TamiyoDecision:
         epoch = request.score.report.epoch
         try:
             decision = await order(names.SCORE_SITES, request, task_queue=queues.TAMIYO, summary=f"score epoch {epoch}")
+            flaw = flaw_of(decision, request.score)
         except ActivityError as failure:
             if is_cancelled_exception(failure):
                 raise
+            flaw = str(failure.cause or failure)
+        if flaw is not None:
             # Training is never failed by the control plane: no strategist means no growth, and says so.
             decision = AdaptationDecision(
                 run_id=request.score.run_id,
@@ -32,7 +36,7 @@ class TamiyoDecision:
                 policy=request.score.tamiyo.policy,
                 kind=DecisionKind.WAIT,
                 code="failed",
-                reason=f"no decision could be had: {failure.cause or failure}",
+                reason=f"no decision could be had: {flaw}",
             )
         recorded = await order(
             names.RECORD_DECISION,
@@ -42,3 +46,17 @@ class TamiyoDecision:
         )
         workflow.set_current_details(f"**{recorded.kind.value}**: {recorded.reason}")
         return recorded
+
+
+def flaw_of(decision: AdaptationDecision, request: ScoreRequest) -> str | None:
+    """Why this cannot be an answer to that request; `None` when it can."""
+    if (decision.run_id, decision.epoch) != (request.run_id, request.report.epoch):
+        return f"the policy answered for epoch {decision.epoch} of run {decision.run_id}"
+    if decision.kind is not DecisionKind.GERMINATE:
+        return None
+    if decision.blueprint is None or decision.contract is None or decision.contract.site != decision.site:
+        return "the policy orders growth without a blueprint and the contract of its site"
+    seeds = {(node.contract.site, seed.index) for node in request.report.graph.nodes for seed in node.seeds}
+    if (decision.site, decision.seed) not in seeds:
+        return f"the policy orders growth at seed {decision.seed} of {decision.site}, which the model does not have"
+    return None

@@ -8,20 +8,36 @@ from temporalio import workflow
 from temporalio.exceptions import ActivityError
 from temporalio.exceptions import ApplicationError
 from temporalio.exceptions import TimeoutError as TemporalTimeoutError
+from temporalio.exceptions import is_cancelled_exception
 
-_DRAINED = frozenset({"WorkerDraining", "LeaseLost"})
+from esper.errors import DataUnavailable
+from esper.errors import UnavailableError
+from esper.errors import by_name
 
 
 class TrainerLost(Exception):
-    """The process that holds the run's model is gone, or no longer ours.
+    """The run must be loaded anew: the process that holds its model is gone, no longer ours, or cannot go on.
 
-    `silent` is true when it is known to be dead: then nothing that runs there will ever answer.
+    `silent`: known to be dead, so that nothing that runs there will ever answer. `drained`: it went in order,
+    which costs no penalty. `may_live`: it only fell silent, and is the first to be asked again.
+    `unavailable`: a service that it needs is away for a while.
     """
 
-    def __init__(self, reason: str, *, silent: bool = False) -> None:
+    def __init__(
+        self,
+        reason: str,
+        *,
+        silent: bool = False,
+        drained: bool = False,
+        may_live: bool = False,
+        unavailable: bool = False,
+    ) -> None:
         super().__init__(reason)
         self.reason = reason
         self.silent = silent
+        self.drained = drained
+        self.may_live = may_live
+        self.unavailable = unavailable
 
 
 def trainer_loss(failure: BaseException) -> TrainerLost | None:
@@ -30,12 +46,19 @@ def trainer_loss(failure: BaseException) -> TrainerLost | None:
         return failure
     if not isinstance(failure, ActivityError):
         return None
-    cause = failure.cause
+    cause, what = failure.cause, failure.activity_type
     if isinstance(cause, TemporalTimeoutError):
         kind = cause.type.name.lower() if cause.type is not None else "unknown"
-        return TrainerLost(f"{failure.activity_type}: {kind} time-out")
-    if isinstance(cause, ApplicationError) and cause.type in _DRAINED:
-        return TrainerLost(f"{failure.activity_type}: {cause.type}")
+        return TrainerLost(f"{what}: {kind} time-out", may_live=True)
+    if is_cancelled_exception(failure):
+        # Nobody asks for a cancellation and then looks at what came of it: the trainer itself gave up.
+        return TrainerLost(f"{what}: cancelled")
+    if isinstance(cause, ApplicationError) and cause.type is not None:
+        if cause.type in ("WorkerDraining", "LeaseLost"):
+            return TrainerLost(f"{what}: {cause.type}", drained=cause.type == "WorkerDraining")
+        error = by_name(cause.type)
+        if error is not None and issubclass(error, UnavailableError) and error is not DataUnavailable:
+            return TrainerLost(f"{what}: {cause.message}", may_live=True, unavailable=True)
     return None
 
 
@@ -57,14 +80,15 @@ class TaskRing:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    async def cancel(self) -> None:
-        """Cancel everything and wait until it has ended; its failures no longer matter."""
+    async def cancel(self, patience: float) -> bool:
+        """Cancel everything and wait until it has ended, at most `patience` seconds; its failures no longer
+        matter. False when something has not ended: whoever does it is stuck."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
-        if tasks:
-            await workflow.wait(tasks)
+        stuck = (await workflow.wait(tasks, timeout=patience))[1] if tasks else []
         self.forget()
+        return not stuck
 
     def forget(self) -> None:
         """Let go of everything at once: nobody is there to answer a cancellation."""

@@ -17,46 +17,69 @@ from esper.contracts.operational import KernelDelivery
 from esper.contracts.orders import BuildRequest
 from esper.contracts.orders import CertifyRequest
 from esper.runtime.temporal import queues
+from esper.runtime.temporal.options import FORGE_MARGIN
 from esper.workflows.ordering import order
+
+_LONGEST_REASON = 1000
 
 
 @workflow.defn(name="TezzeretCompile")
 class TezzeretCompile:
-    """Child of a `TrainingRun`, id `<run>/tezzeret/<adaptation>`; outlives its parent's continue-as-new."""
+    """Child of a `TrainingRun`, id `<run>/tezzeret/<adaptation>`; outlives its parent's continue-as-new.
+
+    However it ends, the run is told: it would wait for ever else.
+    """
 
     @workflow.run
     async def run(self, request: BuildRequest) -> KernelDelivery | None:
+        try:
+            delivery = await self._make(request)
+        except ActivityError as failure:
+            cancelled = is_cancelled_exception(failure)
+            reason = "the forge was cancelled" if cancelled else f"{failure.activity_type}: {failure.cause or failure}"
+            await self._tell_failure(request, reason)
+            if cancelled:
+                raise
+            return None
+        if delivery is None:
+            await self._tell_failure(request, "the kernel was published without a certificate")
+            return None
+        await self._tell(request, KernelReady(delivery=delivery))
+        return delivery
+
+    async def _make(self, request: BuildRequest) -> KernelDelivery | None:
         adaptation = request.adaptation
         subject = f"{adaptation.blueprint} for {adaptation.site}"
-        # Twice: one part for waiting for a forge, one for its work.
-        deadline = timedelta(seconds=2 * request.tezzeret.timeout_s)
-        try:
-            built = await order(
-                names.BUILD_KERNEL, request, task_queue=queues.FORGE, summary=f"build {subject}", deadline=deadline
-            )
-            certified = await order(
-                names.CERTIFY_KERNEL,
-                CertifyRequest(kernel=built.kernel, build=request),
-                task_queue=queues.FORGE,
-                summary=f"certify {subject}",
-                deadline=deadline,
-            )
-            published = await order(
-                names.PUBLISH_KERNEL,
-                certified,
-                task_queue=queues.FORGE,
-                summary=f"publish {built.kernel.digest[:19]}",
-            )
-        except ActivityError as failure:
-            if is_cancelled_exception(failure):
-                raise
-            reason = f"{failure.activity_type}: {failure.cause or failure}"
-            await self._tell(request, KernelFailed(adaptation_id=adaptation.adaptation_id, reason=reason))
-            return None
+        work = timedelta(seconds=request.tezzeret.timeout_s)
+        # Twice: one part for waiting for a forge, or for one that dies over it; one for its work.
+        limit, deadline = work + FORGE_MARGIN, 2 * work + FORGE_MARGIN
+        built = await order(
+            names.BUILD_KERNEL,
+            request,
+            task_queue=queues.FORGE,
+            summary=f"build {subject}",
+            limit=limit,
+            deadline=deadline,
+        )
+        certified = await order(
+            names.CERTIFY_KERNEL,
+            CertifyRequest(kernel=built.kernel, build=request),
+            task_queue=queues.FORGE,
+            summary=f"certify {subject}",
+            limit=limit,
+            deadline=deadline,
+        )
+        published = await order(
+            names.PUBLISH_KERNEL,
+            certified,
+            task_queue=queues.FORGE,
+            summary=f"publish {built.kernel.digest[:19]}",
+            deadline=deadline,
+        )
         kernel = published.kernel
         if kernel.certificate is None:
-            raise ApplicationError(f"kernel {kernel.digest} was published without a certificate", non_retryable=True)
-        delivery = KernelDelivery(
+            return None
+        return KernelDelivery(
             delivery_id=_delivery_id(request),
             adaptation=adaptation,
             kernel=kernel.digest,
@@ -64,8 +87,10 @@ class TezzeretCompile:
             weights=kernel.weights,
             certificate=kernel.certificate,
         )
-        await self._tell(request, KernelReady(delivery=delivery))
-        return delivery
+
+    async def _tell_failure(self, request: BuildRequest, reason: str) -> None:
+        adaptation_id = request.adaptation.adaptation_id
+        await self._tell(request, KernelFailed(adaptation_id=adaptation_id, reason=reason[:_LONGEST_REASON]))
 
     async def _tell(self, request: BuildRequest, payload: Payload) -> None:
         """Signal the run by workflow id alone, so that the message follows it through continue-as-new."""

@@ -19,6 +19,7 @@ from esper.commands.actions.versions import check_version
 from esper.commands.actions.versions import installed
 from esper.contracts.config import TemporalConfig
 from esper.errors import EsperError
+from esper.runtime.configuration import check_current_folder
 from esper.runtime.temporal.client import connect_to
 from esper.runtime.temporal.client import find_address
 from esper.runtime.temporal.server import LEAST_GO
@@ -43,7 +44,8 @@ class Check:
 
 
 async def all_checks() -> list[Check]:
-    """Every check in reading order; none stops the others."""
+    """Every check in reading order; none stops the others. Raises `ConfigurationError` (ESP-208) in a lost folder."""
+    check_current_folder()
     return [
         await _guarded(name, check)
         for name, check in (

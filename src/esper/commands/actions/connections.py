@@ -51,6 +51,7 @@ from esper.runtime.temporal.client import uses_local_stack
 from esper.runtime.temporal.failures import from_failure
 from esper.runtime.temporal.server import SEARCH_ATTRIBUTES
 from esper.runtime.urza import migration
+from esper.runtime.urza.engine import resolve_database
 from esper.runtime.urza.library import Library
 from esper.runtime.urza.locations import open_store
 from esper.runtime.urza.objects import ObjectStore
@@ -69,7 +70,10 @@ def home() -> Path:
 
 
 def read_configuration(quick_start: str | None, config: str | None, values: list[str]) -> EsperConfig:
-    """The resolved configuration of `--quick-start` or `--config`. Raises `ConfigurationError` (ESP-201..212)."""
+    """The resolved configuration of `--quick-start` or `--config`. Raises `ConfigurationError` (ESP-201..212).
+
+    Also `DatabaseUnavailable` (ESP-331) for a database URL that is none.
+    """
     if quick_start is None and config is None:
         raise ConfigurationError(
             "ESP-206",
@@ -77,7 +81,32 @@ def read_configuration(quick_start: str | None, config: str | None, values: list
             hint=f"Quick starts: {', '.join(list_quick_starts())}. Packaged: {', '.join(list_packaged())}",
         )
     source = Path(config) if config is not None else None
-    return load_config(source, quick_start=quick_start, overrides=values, environment=os.environ)
+    resolved = load_config(source, quick_start=quick_start, overrides=values, environment=os.environ)
+    return resolved.model_copy(update={"urza": _anchored(resolved.urza)})
+
+
+def _anchored(urza: UrzaConfig) -> UrzaConfig:
+    """The same with absolute paths: the workers of a run have another current folder. Raises ESP-331."""
+    database, objects = urza.database, urza.objects
+    if database != "default":
+        database = resolve_database(database, home())
+    if objects != "default" and objects.strip() and "://" not in objects:
+        objects = str(Path(objects).expanduser().absolute())
+    return UrzaConfig(database=database, objects=objects)
+
+
+async def is_usable_now(urza: UrzaConfig) -> bool:
+    """False when the database is the home's own and `up` has yet to make or migrate it."""
+    return urza.database != "default" or (await migration.check(database_url("default"))).state == "current"
+
+
+async def check_objects(urza: UrzaConfig) -> None:
+    """Whether a store that is named can be written to: it is given the empty object, which every store may hold.
+
+    Raises `ObjectsUnavailable` (ESP-321..324), `ConfigurationError` (ESP-204, 211).
+    """
+    if urza.objects != "default":
+        await asyncio.to_thread(store(urza).put, b"")
 
 
 def settings() -> EsperConfig:

@@ -36,6 +36,7 @@ from esper.contracts.orders import TrainingRequest
 from esper.errors import ConfigurationError
 from esper.errors import NotFoundError
 from esper.errors import RunConflict
+from esper.runtime.configuration import check_current_folder
 from esper.runtime.configuration import check_run_id
 from esper.runtime.configuration import list_quick_starts
 from esper.runtime.configuration import load_config
@@ -76,13 +77,15 @@ def prepare(
 ) -> Prepared:
     """Check configuration, names, paths and the run id. Writes nothing and contacts nothing.
 
-    Raises `ConfigurationError` (ESP-201..212), `TargetError` (ESP-310), `DeviceError`, `DataUnavailable`.
+    Raises `ConfigurationError` (ESP-201..212), `TargetError` (ESP-310), `DeviceError`, `DataUnavailable`,
+    `DatabaseUnavailable` (ESP-331).
     """
     for name in LEAST:
         check_version(name)
+    check_current_folder()
     resolved = connections.read_configuration(quick_start, config, values)
     chosen = check_run_id(run_id) if run_id is not None else new_run_id(resolved.run.name)
-    named = output_folder or f"results/{chosen}"
+    named = output_folder if output_folder is not None else f"results/{chosen}"
     try:
         folder = check_output_folder(named)
     except ConfigurationError:
@@ -91,6 +94,8 @@ def prepare(
             asyncio.run(_refuse_recorded(resolved, chosen))
         raise
     connections.check_remote(resolved)
+    if resolved.urza.objects != "default":
+        connections.store(resolved.urza)
     if connections.is_local(resolved):
         check_on_this_machine(resolved)
     return Prepared(resolved, chosen, named, folder, code_location())
@@ -106,7 +111,7 @@ def code_location() -> CodeLocation:
     try:
         directory = str(Path.cwd())
     except FileNotFoundError:
-        directory = ""
+        directory = ""  # `resume` needs no folder
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return CodeLocation(directory=directory, python_path=tuple(str(Path(path).absolute()) for path in paths if path))
 
@@ -169,6 +174,7 @@ def check_target(target: str) -> None:
 def start(prepared: Prepared, *, detach: bool, as_json: bool) -> int:
     """Start the run and stay until it ends, or until Ctrl-C, which leaves it running."""
     quiet = as_json and not sys.stderr.isatty()
+    asyncio.run(_check_places(prepared))
     _ensure_stack(prepared.config, quiet=quiet)
     begun = asyncio.Event()
     with ExitStack() as stack:
@@ -217,8 +223,13 @@ async def _start(prepared: Prepared, stack: ExitStack, begun: asyncio.Event, *, 
 
 def _ensure_stack(config: EsperConfig, *, quiet: bool) -> None:
     """The local stack is started when nobody names a server; not in an event loop, so that Ctrl-C ends it."""
-    if connections.is_local(config):
+    if not connections.is_local(config):
+        return
+    try:
         connections.stack_up((lambda text: None) if quiet else output.say)
+    except KeyboardInterrupt:
+        output.say("No run has begun. What has started of the local stack goes on; `esper-cli down` ends it.")
+        raise
 
 
 async def start_workflow(client: Client, request: TrainingRequest, policy: WorkflowIDReusePolicy) -> None:
@@ -317,6 +328,14 @@ async def update(run_id: str, name: str, payload: Payload) -> dict[str, object]:
             run_id=run_id,
         )
     return await connections.execute_update(client, run_id, name, payload)
+
+
+async def _check_places(prepared: Prepared) -> None:
+    """Before a stack is started for nothing: a database or store that cannot be used, an id that is taken."""
+    # The stack itself migrates the database of the home.
+    if await connections.is_usable_now(prepared.config.urza):
+        await _refuse_recorded(prepared.config, prepared.run_id)
+    await connections.check_objects(prepared.config.urza)
 
 
 async def _refuse_recorded(config: EsperConfig, run_id: str) -> None:

@@ -9,12 +9,12 @@ from esper.commands.actions.launch import Prepared
 from esper.contracts.operational import LayerGraph
 from esper.runtime.configuration import dump_config
 from esper.runtime.kasmina.lineage import layer_graph
-from esper.runtime.kasmina.model import wrap
 from esper.runtime.tezzeret.blueprints import cost
 from esper.runtime.tezzeret.blueprints import resolve_hyperparameters
 from esper.runtime.tezzeret.blueprints import site_contract_for
 from esper.runtime.tolaria.data_checks import check_task
 from esper.runtime.tolaria.device import choose_device
+from esper.runtime.tolaria.plan import wrapped
 from esper.runtime.tolaria.sampler import Batches
 from esper.runtime.tolaria.sampler import steps_per_epoch
 from esper.runtime.tolaria.tasks import load_task
@@ -53,14 +53,8 @@ def rehearsal(prepared: Prepared) -> dict[str, Any]:
     task = load_task(config.task, config.run.seed)
     check_task(task, config.training.batch_size)
     rows = len(task.train)  # type: ignore[arg-type]
-    model = wrap(
-        task.model.to(device),
-        config.kasmina.target_layers,
-        exclude=config.kasmina.exclude,
-        seeds_per_layer=config.kasmina.seeds_per_layer,
-        cache_size_mb=config.kasmina.cache_size_mb,
-    )
     batch = Batches(task.train, task.collate, device).rows(torch.arange(min(config.training.batch_size, rows)))
+    model = wrapped(task.model.to(device), config.kasmina, batch, task.loss)
     graph = layer_graph(model, lambda: task.loss(model, batch))
     steps = steps_per_epoch(rows, config.training.batch_size)
     return {

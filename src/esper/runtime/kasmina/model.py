@@ -144,7 +144,14 @@ def _plan(
     modules = {name: module for name, module in model.named_modules() if name}
     supported = {name: module for name, module in modules.items() if host_kind(module) is not None}
     attention = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
-    excluded = {name for pattern in _patterns(exclude) for name in modules if _matches(pattern, name, modules[name])}
+    excluded: set[str] = set()
+    for pattern in _patterns(exclude):
+        found = {name for name, module in modules.items() if _matches(pattern, name, module)}
+        if not found and isinstance(pattern, str):
+            # A slip here would let grow what must not; a class that this model lacks has nothing to leave out.
+            hint = near_names(pattern, supported)
+            raise SiteError("ESP-314", f"exclude '{pattern}' matches no layer", hint=hint)
+        excluded |= found
     if target_layers == "auto":
         chosen = {
             name: module
@@ -154,10 +161,10 @@ def _plan(
     else:
         chosen = {}
         for pattern in _patterns(target_layers):
-            found = {n: m for n, m in supported.items() if _matches(pattern, n, m)}
-            if not found:
+            targets = {n: m for n, m in supported.items() if _matches(pattern, n, m)}
+            if not targets:
                 _refuse_pattern(pattern, modules, supported)
-            chosen |= found
+            chosen |= targets
         chosen = {name: supported[name] for name in supported if name in chosen}
     chosen = {name: module for name, module in chosen.items() if name not in excluded}
     if not chosen:
@@ -209,7 +216,8 @@ def _refuse_pattern(pattern: Target, modules: Mapping[str, nn.Module], supported
             hint=f"supported: {_supported()}; candidates: {listed(supported)}",
         )
     hint = near_names(pattern, supported) if isinstance(pattern, str) else f"candidates: {listed(supported)}"
-    raise SiteError("ESP-314", f"target {shown} matches no layer", hint=hint)
+    kinds = ", ".join(sorted({type(module).__name__ for module in modules.values()}))
+    raise SiteError("ESP-314", f"target {shown} matches no layer; the model has: {kinds}", hint=hint)
 
 
 def _supported() -> str:

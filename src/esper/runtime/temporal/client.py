@@ -123,7 +123,7 @@ def _named_address(temporal: TemporalConfig, environment: Mapping[str, str]) -> 
     except RuntimeError as error:
         raise ConfigurationError(
             "ESP-202",
-            f"the Temporal settings cannot be read: {redact(str(error))}",
+            f"the Temporal settings cannot be read: {_one_line(redact(str(error)))}",
             hint=f"See TEMPORAL_* and {config_file}",
         ) from None
     _check_secrecy(config_file)
@@ -136,11 +136,17 @@ def _named_address(temporal: TemporalConfig, environment: Mapping[str, str]) -> 
         return None
     if temporal.namespace != "default":
         namespace = temporal.namespace
-    if not re.fullmatch(r"(\[[^\]]+\]|[^:\s]+):\d{1,5}", address) or int(address.rpartition(":")[2]) > 65535:
+    if not re.fullmatch(r"(\[[^\]]+\]|[^:\s]+):\d{1,5}", address) or not 0 < int(address.rpartition(":")[2]) < 65536:
         raise ConfigurationError(
             "ESP-210", f"{origin} {redact(address)!r} is not host:port", hint="For example 127.0.0.1:7233"
         )
     return ServerAddress(address, namespace, origin, False, keywords)
+
+
+def _one_line(text: str) -> str:
+    """The first line of a parser's message and its last: between them it quotes the file."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return ": ".join(dict.fromkeys((lines[0], lines[-1]))) if lines else "no reason given"
 
 
 def _config_file(environment: Mapping[str, str]) -> Path:

@@ -32,8 +32,9 @@ def from_failure(failure: BaseException) -> EsperError:
             return current
         if isinstance(current, ApplicationError) and current.type is not None:
             kind = by_name(current.type)
-            if kind is not None and current.details:
-                form: dict[str, Any] = current.details[0]
+            form: Any = current.details[0] if current.details else None
+            # A failure of that name that is not ours must not raise here: this runs inside workflows.
+            if kind is not None and isinstance(form, dict) and {"code", "message"} <= form.keys():
                 return kind(form["code"], form["message"], hint=form.get("hint"), run_id=form.get("run_id"))
         innermost = current
         current = getattr(current, "cause", None) or current.__cause__

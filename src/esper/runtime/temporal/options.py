@@ -28,6 +28,22 @@ OLD_QUEUE_PATIENCE = timedelta(seconds=3)
 LOST_TRAINER_LIMIT = 8
 """Lease losses in a row without one finished epoch between them after which a run is failed."""
 
+CANCEL_PATIENCE = timedelta(seconds=30)
+"""How long work that was cancelled may take to end before its process counts as stuck: longer than its
+heartbeat time-out."""
+
+STOP_PATIENCE = timedelta(seconds=30)
+"""How long a run that is to stop, and has lost its trainer, waits for another one to export its model."""
+
+INSTALL_ATTEMPTS = 3
+"""Tries to fetch and record a kernel while the store is away; after that its adaptation is given up."""
+
+FORGE_MARGIN = timedelta(seconds=30)
+"""What a forge needs beside the limited work itself: starting its child, moving bytes."""
+
+DRAIN_LIMIT = GRACEFUL_SHUTDOWN + timedelta(seconds=5)
+"""After so long a process that was told to end, and has not, ends at once."""
+
 TRAINER_SLOTS = 12
 """Activities beside each other in a trainer: two epochs, deliveries, a judge, a checkpoint, a claim."""
 
@@ -79,6 +95,9 @@ def _pinned(start_to_close: timedelta, *, heartbeat: timedelta | None = HEARTBEA
     )
 
 
+_RECORD = ActivityOptions(start_to_close=timedelta(seconds=20), retry=_PATIENT)
+"""Short work that is safe to do twice, and that a run cannot do without: a dead orchestrator delays it no longer."""
+
 OPTIONS: dict[str, ActivityOptions] = {
     "claim_trainer": ActivityOptions(start_to_close=timedelta(seconds=20), retry=_PATIENT),
     "reclaim_trainer": ActivityOptions(
@@ -93,13 +112,14 @@ OPTIONS: dict[str, ActivityOptions] = {
     "checkpoint": _pinned(timedelta(hours=1)),
     "release_trainer": _pinned(timedelta(hours=6)),
     "score_sites": ActivityOptions(
-        start_to_close=timedelta(seconds=60), retry=_BOUNDED, schedule_to_close=timedelta(minutes=5)
+        start_to_close=timedelta(seconds=30), retry=_BOUNDED, schedule_to_close=timedelta(minutes=5)
     ),
-    "build_kernel": ActivityOptions(start_to_close=timedelta(minutes=30), retry=_BOUNDED),
-    "certify_kernel": ActivityOptions(start_to_close=timedelta(minutes=30), retry=_BOUNDED),
-    "publish_kernel": ActivityOptions(start_to_close=timedelta(minutes=5), retry=_BOUNDED),
-    "record_run": ActivityOptions(start_to_close=timedelta(seconds=60), retry=_PATIENT),
-    "record_decision": ActivityOptions(start_to_close=timedelta(seconds=60), retry=_PATIENT),
-    "record_adaptation": ActivityOptions(start_to_close=timedelta(seconds=60), retry=_PATIENT),
-    "record_outcome": ActivityOptions(start_to_close=timedelta(seconds=60), retry=_PATIENT),
+    # The workflow bounds both by the run's own `tezzeret.timeout_s`.
+    "build_kernel": ActivityOptions(start_to_close=timedelta(hours=1), retry=_BOUNDED, heartbeat=HEARTBEAT),
+    "certify_kernel": ActivityOptions(start_to_close=timedelta(hours=1), retry=_BOUNDED, heartbeat=HEARTBEAT),
+    "publish_kernel": _RECORD,
+    "record_run": _RECORD,
+    "record_decision": _RECORD,
+    "record_adaptation": _RECORD,
+    "record_outcome": _RECORD,
 }

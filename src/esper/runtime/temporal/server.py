@@ -143,6 +143,10 @@ def server_command(program: Path, *, port: int, ui_port: int, database: Path) ->
     command += ["--sqlite-pragma", "journal_mode=WAL", "--sqlite-pragma", "synchronous=NORMAL"]
     command += ["--ui-disable-news-fetch", "--log-level", "warn"]
     command += ["--dynamic-config-value", "frontend.enableServerVersionCheck=false"]
+    # The dev server looks for what to hand on 20 times a second: every step of a run waited for that grid of 50 ms.
+    # Measured from scheduled to started: 42 ms as it comes, 3 ms with these two.
+    command += ["--dynamic-config-value", "history.transferProcessorMaxPollRPS=1000"]
+    command += ["--dynamic-config-value", "history.timerProcessorMaxPollRPS=1000"]
     for name, kind in SEARCH_ATTRIBUTES.items():
         command += ["--search-attribute", f"{name}={kind}"]
     return command

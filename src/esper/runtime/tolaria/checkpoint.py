@@ -7,6 +7,7 @@ back and `resume` puts it into a new model. Nothing is ever unpickled, and equal
 
 import json
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ SCHEMA_VERSION = 1
 
 Put = Callable[[bytes], ArtifactRef]
 Get = Callable[[ArtifactRef], bytes]
+Each = Callable[[Put, Iterable[bytes]], Iterable[ArtifactRef]]
 
 
 class CheckpointManifest(Contract):
@@ -123,9 +125,13 @@ def snapshot(trainee: Trainee, state: RunState) -> Snapshot:
     )
 
 
-def write(taken: Snapshot, put: Put) -> ArtifactRef:
-    """Store a snapshot: tensors first, then the manifest that names them, whose reference is returned."""
+def write(taken: Snapshot, put: Put, each: Each = map) -> ArtifactRef:
+    """Store a snapshot: tensors first, then the manifest that names them, whose reference is returned.
+
+    `each` applies `put` to the tensor files: the `map` of an executor stores them side by side.
+    """
     numbers = taken.random
+    model, optimizer, random = each(put, (_pack(taken.model), _pack(taken.optimizer.tensors), _pack(numbers.tensors)))
     manifest = CheckpointManifest(
         torch_version=str(torch.__version__),
         device=taken.device,
@@ -133,9 +139,9 @@ def write(taken: Snapshot, put: Put) -> ArtifactRef:
         fingerprint=fingerprint(taken.config),
         step=taken.step,
         epoch=taken.epoch,
-        model=put(_pack(taken.model)),
-        optimizer=put(_pack(taken.optimizer.tensors)),
-        random=put(_pack(numbers.tensors)),
+        model=model,
+        optimizer=optimizer,
+        random=random,
         optimizer_kind=taken.optimizer.kind,
         groups=taken.optimizer.groups,
         optimizer_scalars=taken.optimizer.scalars,

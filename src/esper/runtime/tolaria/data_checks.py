@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from torch.utils.data import TensorDataset
 
@@ -46,10 +47,14 @@ def check_task(task: Task, batch_size: int) -> None:
         )
     for name, dataset in splits.items():
         _check_rows(name, dataset)
+    if not any(parameter.requires_grad for parameter in task.model.parameters()):
+        raise TargetError("ESP-312", "task.model has no parameter to train", hint="Give it one with requires_grad=True")
     with undisturbed(task.model):
         for name, dataset in splits.items():
             _check_labels(name, dataset, task)
         _check_loss(task, batch_size)
+        _check_metrics(task, batch_size)
+    _check_optimizer(task)
 
 
 def _check_size(name: str, dataset: Dataset[Any]) -> None:
@@ -57,7 +62,7 @@ def _check_size(name: str, dataset: Dataset[Any]) -> None:
     if rows == 0:
         raise DatasetError("ESP-340", f"{name} is empty", hint="Give a dataset with rows")
     if rows == 1 and name != "test":
-        why = "half of it is shown and half of it judges" if name == "validation" else "there is nothing to learn from"
+        why = "a part of it is shown and the rest judges" if name == "validation" else "there is nothing to learn from"
         raise DatasetError("ESP-341", f"{name} has a single row: {why}", hint="Give at least 2 rows")
 
 
@@ -161,6 +166,45 @@ def _check_loss(task: Task, batch_size: int) -> None:
     if not math.isfinite(loss.item()):
         raise DatasetError("ESP-343", f"train: the loss of the first batch is {loss.item()}", hint="Scale the inputs")
     _check_backward(task.model, loss)
+
+
+def _check_metrics(task: Task, batch_size: int) -> None:
+    if task.metrics is None:
+        return
+    rows = min(batch_size, len(task.validation))  # type: ignore[arg-type]
+    task.model.eval()
+    with torch.no_grad():
+        try:
+            found = task.metrics(
+                task.model, Batches(task.validation, task.collate, torch.device("cpu")).rows(range(rows))
+            )
+        except Exception as error:
+            raise TargetError(
+                "ESP-313",
+                f"task.metrics raised on the first batch of validation: {_last_line(error)}",
+                hint="It is called as metrics(model, batch)",
+            ) from error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise TargetError(
+            "ESP-312",
+            f"task.metrics returned a {type(found).__name__}, not a dict of tensors",
+            hint='Return names to tensors, such as {"accuracy": correct.float()}',
+        )
+
+
+def _check_optimizer(task: Task) -> None:
+    if task.optimizer is None:
+        return
+    try:
+        found = task.optimizer(task.model.parameters())
+    except Exception as error:
+        raise TargetError(
+            "ESP-313",
+            f"task.optimizer raised: {_last_line(error)}",
+            hint="It is called as optimizer(model.parameters())",
+        ) from error
+    if not isinstance(found, Optimizer):
+        raise TargetError("ESP-312", f"task.optimizer returned a {type(found).__name__}, not a torch.optim.Optimizer")
 
 
 def _check_backward(model: nn.Module, loss: Tensor) -> None:

@@ -60,6 +60,10 @@ class TrainingPlan:
         return self.schedule.total_steps
 
     @property
+    def judge_rows(self) -> int:
+        return sum(len(chunk) for chunk in self.judged)
+
+    @property
     def hold_steps(self) -> int:
         """The least number of steps between a graft and its verdict."""
         tamiyo = self.config.tamiyo

@@ -36,7 +36,9 @@ def refuse_standard(target: str) -> None:
     module_name = target.partition(":")[0]
     if _is_standard(module_name):
         raise TargetError(
-            "ESP-310", f"task.target {target!r}: {module_name!r} belongs to Python itself and is refused", hint=_HINT
+            "ESP-310",
+            f"task.target {target!r}: {module_name!r} belongs to Python or to Esper itself and is refused",
+            hint=_HINT,
         )
 
 
@@ -51,7 +53,7 @@ def no_such_module(target: str, module_name: str) -> TargetError:
 
 def _is_standard(module_name: str) -> bool:
     top = module_name.partition(".")[0]
-    return top in sys.stdlib_module_names or top in sys.builtin_module_names or top in ("builtins", "__main__")
+    return top in sys.stdlib_module_names or top in sys.builtin_module_names or top in ("builtins", "__main__", "esper")
 
 
 def _module(target: str, module_name: str) -> ModuleType:

@@ -80,7 +80,7 @@ async def require_current(engine: AsyncEngine) -> None:
         raise DatabaseUnavailable(
             "ESP-334",
             f"database {status.database} {found}; this Esper needs revision {status.head}",
-            hint="Run `esper-cli db upgrade`",
+            hint="Run `esper-cli db upgrade`; --database URL names another than the default",
         )
 
 

@@ -101,7 +101,9 @@ class FolderStore:
         with self._explained("write", ref):
             # A damaged object is healed here: the right bytes are at hand, and nothing else may bear this name.
             if not _holds(path, data):
-                path.parent.mkdir(parents=True, exist_ok=True)
+                if not path.parent.is_dir():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    _sync_folder(path.parent.parent)
                 _write_atomically(path, data)
         return ref
 
@@ -168,8 +170,7 @@ def _write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    for folder in (path.parent, path.parent.parent):
-        _sync_folder(folder)
+    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -210,7 +210,10 @@ def _unavailable(error: Exception, operation: str, bucket: str, endpoint: str) -
     return ObjectsUnavailable("ESP-321", f"{where}: the server answered {status} {code}", hint="Try again later")
 
 
-_CREDENTIALS_HINT = "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the rights that they give"
+_CREDENTIALS_HINT = (
+    "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the rights that they give; "
+    "the workers of a local stack know those that `esper-cli up` was called with"
+)
 
 _CLIENTS: dict[str | None, Any] = {}
 _CLIENTS_LOCK = threading.Lock()

@@ -15,6 +15,7 @@ from esper.contracts.operational import LayerGraph
 from esper.runtime.kasmina.lineage import layer_graph
 from esper.runtime.tezzeret.build import KernelModule
 from esper.runtime.tezzeret.compile import warm
+from esper.runtime.tezzeret.parity import c_compiler
 from esper.runtime.tolaria.live.surgery import grown_kernels
 from esper.runtime.tolaria.trainee import Trainee
 
@@ -24,6 +25,13 @@ POLL_SECONDS = 0.2
 def wants_compiled(config: TezzeretConfig, device: torch.device) -> bool:
     """`auto` compiles on CUDA only: on the CPU it was measured to gain nothing."""
     return config.compile is CompileMode.ON or (config.compile is CompileMode.AUTO and device.type == "cuda")
+
+
+def no_compiler(config: TezzeretConfig, device: torch.device) -> tuple[str, ...]:
+    """What a run says of itself when it wants compiled kernels on a machine that cannot compile."""
+    if wants_compiled(config, device) and device.type == "cpu" and c_compiler() is None:
+        return ("tezzeret.compile is on, but there is no C compiler here: kernels run eagerly",)
+    return ()
 
 
 def compile_kernel(

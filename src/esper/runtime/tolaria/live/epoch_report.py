@@ -34,7 +34,8 @@ def close_epoch(
     metrics = measure_epoch(run.trainee, lambda: phase("validating"))
     epoch = run.trainee.completed + 1
     probed = _probe(run, epoch) if expects_decision and _can_grow(run, shared) else None
-    watched = watch_early_stop(run.trainee, run.state, metrics, held=run.state.held is not None)
+    looked = run.look()
+    watched = watch_early_stop(run.trainee, looked, metrics, held=looked.held is not None)
     stop = watched.early_stop.stopped_epoch == epoch
     if stop:
         fact = shared.record(

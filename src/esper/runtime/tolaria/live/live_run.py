@@ -16,6 +16,7 @@ from esper.runtime.tezzeret.samples import SiteSamples
 from esper.runtime.tolaria.checkpoint import restore
 from esper.runtime.tolaria.checkpoint import snapshot
 from esper.runtime.tolaria.evaluation import chunk_losses
+from esper.runtime.tolaria.evaluation import mean_look
 from esper.runtime.tolaria.judging import Judgement
 from esper.runtime.tolaria.judging import judge
 from esper.runtime.tolaria.live import surgery
@@ -23,6 +24,7 @@ from esper.runtime.tolaria.live.flops import FlopMeter
 from esper.runtime.tolaria.live.run_state import HeldGraft
 from esper.runtime.tolaria.live.run_state import RunState
 from esper.runtime.tolaria.live.twin import Twin
+from esper.runtime.tolaria.live.twin import look_is_due
 from esper.runtime.tolaria.live.twin import train_twin
 from esper.runtime.tolaria.live.writer import Committed
 from esper.runtime.tolaria.live.writer import HeadWriter
@@ -143,6 +145,15 @@ class LiveRun:
                 raise ValueError(f"{fact.kind} of {fact.adaptation_id} is not executed by itself")
         self._done(fact)
 
+    def look(self) -> RunState:
+        """At the end of an epoch: the state with the losses of a graft whose verdict is near."""
+        held, trainee = self.state.held, self.trainee
+        if held is None or not look_is_due(trainee, held.fact.judge_step):
+            return self.state
+        self.count_probe(trainee.plan.judge_rows * self.meter.cost(trainee).forward)
+        losses = chunk_losses(trainee.model, trainee.plan.validation, trainee.plan.judged, trainee.plan.loss)
+        return self.state.model_copy(update={"held": held.model_copy(update={"looks": (*held.looks, tuple(losses))})})
+
     def judge_held(self, tick: Tick, wait: Wait) -> tuple[Twin, Judgement]:
         """Train the twin of the graft on probation to the present step and compare the two on the judge slice."""
         held = self.state.held
@@ -155,11 +166,7 @@ class LiveRun:
         plan = self.trainee.plan
         others = [fact for fact in self.state.executed if fact.adaptation_id != held.fact.adaptation_id]
         twin = train_twin(plan, restore(start, self._store.get), others, self.step, tick)
-        grown = chunk_losses(self.trainee.model, plan.validation, plan.judged, plan.loss)
-        without = chunk_losses(twin.trainee.model, plan.validation, plan.judged, plan.loss)
-        rows = sum(len(chunk) for chunk in plan.judged)
-        self.count_probe(2 * rows * self.meter.cost(self.trainee).forward)
-        return twin, judge(grown, without, plan.config.tamiyo.keep_margin)
+        return twin, judge(mean_look(held.looks), mean_look(twin.looks), plan.config.tamiyo.keep_margin)
 
     def carry_out(self, fact: Fact, twin: Twin, judgement: Judgement) -> JudgeReport:
         """Execute a verdict: the recorded fact rules, also where it is not what was found."""

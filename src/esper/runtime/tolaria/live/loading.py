@@ -13,6 +13,7 @@ from esper.runtime.tolaria.checkpoint import restore
 from esper.runtime.tolaria.checkpoint import resume
 from esper.runtime.tolaria.live.compilation import compile_grown
 from esper.runtime.tolaria.live.compilation import compile_kernel
+from esper.runtime.tolaria.live.compilation import no_compiler
 from esper.runtime.tolaria.live.compilation import wants_compiled
 from esper.runtime.tolaria.live.delivery import prepare_kernel
 from esper.runtime.tolaria.live.epoch_end import measure_epoch
@@ -54,13 +55,13 @@ def load_run(config: EsperConfig, ledger: Ledger, store: SessionStore) -> Loaded
     trainee = begin(plan, model)
     _check_watched(trainee)
     state, random, last = RunState(), capture_random_state(), None
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = no_compiler(config.tezzeret, plan.device)
     if ledger.manifest is not None and ledger.head is not None:
         restored = restore(ledger.manifest, store.get)
         require_same_recipe(restored.manifest, config, run_id)
         state, random = resume(trainee, restored), restored.random
         last = Committed(ledger.head, ledger.manifest)
-        warnings = (*_other_bits(restored.manifest, plan), *compile_grown(trainee, lambda: None))
+        warnings = (*warnings, *_other_bits(restored.manifest, plan), *compile_grown(trainee, lambda: None))
     check_ledger(ledger.facts, state, trainee.step, run_id)
     book = FactBook(ledger.facts, ledger.frontier)
     writer = HeadWriter(store, last)

@@ -17,10 +17,14 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 
 class HeldGraft(Contract):
-    """The graft on probation. `start` is the manifest of the checkpoint just before it: where its twin begins."""
+    """The graft on probation. `start` is the manifest of the checkpoint just before it: where its twin begins.
+
+    `looks` are its losses by chunk of the judge slice at the last epoch ends before the verdict, and at the verdict.
+    """
 
     fact: Fact
     start: ArtifactRef | None = None
+    looks: tuple[tuple[float, ...], ...] = ()
 
 
 class Ramp(Contract):

@@ -11,6 +11,8 @@ from esper.contracts.enums import FactKind
 from esper.contracts.operational import Fact
 from esper.runtime.tolaria.checkpoint import Restored
 from esper.runtime.tolaria.checkpoint import resume
+from esper.runtime.tolaria.evaluation import JUDGE_LOOKS
+from esper.runtime.tolaria.evaluation import chunk_losses
 from esper.runtime.tolaria.live import surgery
 from esper.runtime.tolaria.live.compilation import compile_grown
 from esper.runtime.tolaria.live.epoch_end import measure_epoch
@@ -34,6 +36,12 @@ class Twin:
     state: RunState
     random: RandomState
     flops: float
+    looks: tuple[tuple[float, ...], ...]
+
+
+def look_is_due(trainee: Trainee, judge_step: int | None) -> bool:
+    """Whether the end of this epoch is one of the last before a verdict, or the verdict's own."""
+    return judge_step is not None and 0 <= judge_step - trainee.step < JUDGE_LOOKS * trainee.plan.steps_per_epoch
 
 
 def train_twin(
@@ -51,6 +59,7 @@ def train_twin(
         restore_random_state(start.random)
         meter = FlopMeter()
         flops = 0.0
+        looks: list[tuple[float, ...]] = []
         while trainee.step < until:
             tick(trainee.step)
             for fact in facts:
@@ -68,5 +77,8 @@ def train_twin(
                     metrics = measure_epoch(trainee, lambda: tick(trainee.step))
                     state = watch_early_stop(trainee, state, metrics, held=False)
                     flops += len(plan.reported) * meter.cost(trainee).forward
+                if look_is_due(trainee, until):
+                    looks.append(tuple(chunk_losses(trainee.model, plan.validation, plan.judged, plan.loss)))
+                    flops += plan.judge_rows * meter.cost(trainee).forward
                 trainee.end_epoch()
-        return Twin(trainee, state, capture_random_state(), flops)
+        return Twin(trainee, state, capture_random_state(), flops, tuple(looks))

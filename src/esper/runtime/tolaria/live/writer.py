@@ -35,6 +35,8 @@ class HeadWriter:
         self._store = store
         self._last = last
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="esper-writer")
+        # Storing is waiting for a disk or a network: the files of one head wait together.
+        self._files = ThreadPoolExecutor(max_workers=4, thread_name_prefix="esper-files")
         self._running: Future[Committed] | None = None
 
     @property
@@ -55,14 +57,16 @@ class HeadWriter:
         return self._running
 
     def close(self) -> None:
-        """Wait for the commit in flight, and end the thread."""
+        """Wait for the commit in flight, and end the threads."""
         self._thread.shutdown(wait=True)
+        self._files.shutdown(wait=True)
 
     def _commit(
         self, taken: Snapshot, report: ReportMaker | None, samples: Mapping[str, SiteSamples] | None
     ) -> Committed:
-        manifest = write(taken, self._store.put)
-        artifact = self._store.put(pack_samples(samples)) if samples else None
+        storing = self._files.submit(self._store.put, pack_samples(samples)) if samples else None
+        manifest = write(taken, self._store.put, self._files.map)
+        artifact = None if storing is None else storing.result()
         parent = None if self._last is None else self._last.head.digest
         if report is None and self._last is not None and manifest.digest == parent:
             return self._last
