@@ -30,6 +30,9 @@ from temporalio.worker import Worker
 
 from esper.contracts.config import TemporalConfig
 from esper.contracts.config import UrzaConfig
+from esper.contracts.messages import Envelope
+from esper.contracts.messages import TrainerLost
+from esper.contracts.orders import Lease
 from esper.errors import ConfigurationError
 from esper.errors import EsperError
 from esper.errors import TemporalUnavailable
@@ -241,6 +244,21 @@ async def _trainer(
             _limit_draining()
             worker_files.report(home, "draining", roles=roles)
         await trainer.give_up()
+        if trainer.lease is not None and not trainer.released.is_set():
+            await _say_goodbye(client, trainer.lease)
+
+
+async def _say_goodbye(client: Client, lease: Lease) -> None:
+    """A run that is paused asks its trainer nothing, and would not notice that it has gone."""
+    message = Envelope[TrainerLost](
+        event_id=f"{lease.task_queue}/ended",
+        trace_id=lease.run_id,
+        causation_id=lease.task_queue,
+        sender="trainer",
+        payload=TrainerLost(task_queue=lease.task_queue, reason="the trainer ended in order"),
+    )
+    with suppress(RPCError):
+        await client.get_workflow_handle(lease.run_id).signal("trainer_lost", message)
 
 
 class _Claimed(Protocol):

@@ -90,7 +90,7 @@ def test_start_run_tells_a_person_what_happens_on_stderr_and_the_result_on_stdou
     assert "event=kept" in result.err
     assert f"esper-cli history {run_id}" in result.err
     assert "epoch=3" not in result.out
-    assert "1 adaptations, 1 of them in the model:" in result.out
+    assert "1 adaptation, 1 of them in the model:" in result.out
     assert (folder / "mine" / "growth.json").exists()
 
 

@@ -26,6 +26,9 @@ from esper.contracts.messages import Stop
 from esper.contracts.messages import TrainerLost
 from esper.contracts.messages import Veto
 from esper.contracts.operational import Adaptation
+from esper.contracts.operational import KernelDelivery
+from esper.contracts.operational import ScheduledAdaptation
+from esper.contracts.orders import BuildRequest
 from esper.contracts.orders import EpochRequest
 from esper.contracts.orders import KnownRun
 from esper.contracts.orders import Lease
@@ -33,8 +36,10 @@ from esper.contracts.orders import OpenOrder
 from esper.contracts.orders import RunRecord
 from esper.errors import DatabaseUnavailable
 from esper.errors import RunConflict
+from esper.runtime.temporal import queues
 from esper.runtime.temporal.failures import to_failure
 from esper.runtime.temporal.options import LOST_TRAINER_LIMIT
+from esper.workflows.tezzeret_compile import TezzeretCompile
 
 pytestmark = pytest.mark.temporal
 
@@ -99,7 +104,7 @@ def test_trainers_that_are_lost_in_a_row_fail_the_run_in_the_end(play: Play, cou
 
 
 def test_a_trainer_that_drains_costs_no_penalty(play: Play) -> None:
-    drained = LOST_TRAINER_LIMIT + 2
+    drained = LOST_TRAINER_LIMIT + 1
     world = FaultyWorld(before={"train_epoch": [lost("WorkerDraining") for _ in range(drained)]})
     record = play(world, whole_run(1, **PLAIN))
     assert (record.outcome, record.restarts) == (Outcome.COMPLETED, drained)
@@ -298,3 +303,57 @@ def test_what_is_on_its_way_when_the_run_is_complete_has_missed_it(play: Play) -
     world = FakeWorld(grow_at=1, stop_at=2, epoch_seconds=0.2)
     assert play(world, whole_run(9, delivery={"lag_epochs": 5})).outcome is Outcome.COMPLETED
     assert world.adaptations[-1].state is AdaptationState.MISSED
+
+
+def cold() -> ApplicationError:
+    return ApplicationError("not now")
+
+
+@pytest.mark.parametrize("child", ["tamiyo/1", "tezzeret/a1"])
+def test_a_child_that_a_person_cancels_costs_growth_and_not_the_run(play: Play, child: str) -> None:
+    stuck = "score_sites" if "tamiyo" in child else "build_kernel"
+    world = FaultyWorld(grow_at=1, before={stuck: [cold() for _ in range(4)]})
+
+    async def scene(on: Stage) -> RunRecord:
+        handle = await on.start(configuration(4))
+        await on.until(lambda: len(world.before[stuck]) < 4)
+        await on.client.get_workflow_handle(f"{handle.id}/{child}").cancel()
+        return await handle.result()
+
+    assert play(world, scene).outcome is Outcome.COMPLETED
+    if "tezzeret" in child:
+        assert world.adaptations[-1].state is AdaptationState.FAILED
+        assert "cancelled" in world.adaptations[-1].reason
+
+
+def test_a_kernel_for_a_run_that_is_over_is_made_all_the_same(play: Play) -> None:
+    world = FakeWorld()
+    config = configuration(1)
+    request = BuildRequest(
+        run_id="nobody",
+        run_seed=0,
+        adaptation=ScheduledAdaptation(
+            adaptation_id="nobody/a1",
+            number=1,
+            site=SITE.site,
+            seed=0,
+            seed_generation=0,
+            blueprint="bottleneck",
+            hyperparameters={},
+            decided_epoch=1,
+            apply_step=20,
+        ),
+        site=SITE,
+        site_samples=None,
+        tezzeret=config.tezzeret,
+        optimizer=config.optimizer,
+        urza=config.urza,
+    )
+
+    async def scene(on: Stage) -> KernelDelivery | None:
+        return await on.client.execute_workflow(
+            TezzeretCompile.run, request, id=f"late-{id(world)}", task_queue=queues.ORCHESTRATION
+        )
+
+    made = play(world, scene)
+    assert made.adaptation == request.adaptation

@@ -346,6 +346,7 @@ class TrainingState(Contract):
     losses: tuple[LossPoint, ...] = ()
     pinned: tuple[SiteName, ...] = ()
     requested: RequestAdaptation | None = None
+    stopping: bool = False
     paused: bool = False
     pauses: Annotated[int, Field(ge=0)] = 0
     restarts: Annotated[int, Field(ge=0)] = 0

@@ -35,7 +35,7 @@ class RunDesk:
         self.progress = RunProgress(request)
         self.phase = "starting" if self.progress.lease is None else "training"
         self.outcome = Outcome.RUNNING
-        self.stopping = False
+        self.stopping = request.state is not None and request.state.stopping
         self.holder = self.progress.lease
         """The lease that a trainer was given, from its claim on; `progress.lease` is set once it has loaded the run."""
         self.lost: TrainerLost | None = None

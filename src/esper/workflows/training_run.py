@@ -65,7 +65,9 @@ class TrainingRun(RunDesk):
                 # under way is torn up by it.
                 self.begin_stop()
         if record is None:
-            workflow.continue_as_new(request.model_copy(update={"state": self.progress.to_state()}))
+            # A cancellation of this very moment is not lost either.
+            state = self.progress.to_state().model_copy(update={"stopping": self.stopping})
+            workflow.continue_as_new(request.model_copy(update={"state": state}))
         return record
 
     async def _life(self) -> RunRecord | None:

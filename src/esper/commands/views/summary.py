@@ -66,7 +66,8 @@ def write_adaptations(adaptations: tuple[Mapping[str, Any], ...]) -> None:
         output.write("Nothing has been grown.")
         return
     grown = sum(adaptation["state"] in GREW for adaptation in adaptations)
-    output.write(f"{len(adaptations)} adaptations, {grown} of them in the model:")
+    noun = "adaptation" if len(adaptations) == 1 else "adaptations"
+    output.write(f"{len(adaptations)} {noun}, {grown} of them in the model:")
     output.write_table(
         ("adaptation", "epoch", "site", "seed", "blueprint", "state", "apply step", "reason"),
         [
