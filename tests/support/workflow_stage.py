@@ -81,6 +81,9 @@ async def stage(address: str, world: FakeWorld, *, cached: int = 1000) -> AsyncI
                     activities=activities,
                     workflows=WORKFLOWS if queue == queues.ORCHESTRATION else [],
                     max_cached_workflows=cached,
+                    # A cancellation reaches an activity with its next heartbeat.
+                    max_heartbeat_throttle_interval=timedelta(seconds=0.1),
+                    default_heartbeat_throttle_interval=timedelta(seconds=0.1),
                 )
             )
         yield Stage(client, world)

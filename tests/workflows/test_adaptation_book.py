@@ -141,12 +141,15 @@ def test_the_fact_of_a_verdict_waits_for_its_report(kind: FactKind) -> None:
     assert book.to_judge(JUDGE + 10) is None
 
 
-def test_what_was_kept_is_not_undone_by_a_removal_that_came_too_late() -> None:
+@pytest.mark.parametrize("kind", [FactKind.CULL, FactKind.QUARANTINE, FactKind.FOSSILIZE, FactKind.MISSED])
+def test_what_was_kept_is_undone_by_a_person_alone(kind: FactKind) -> None:
     book = ordered()
     book.apply(fact(FactKind.GRAFT))
     book.judge(verdict(Verdict.KEEP))
-    assert book.apply(fact(FactKind.REMOVE, JUDGE + 1)) is None
+    assert book.apply(fact(kind, JUDGE + 1)) is None
     assert state(book) is AdaptationState.FOSSILIZED
+    assert book.apply(fact(FactKind.REMOVE, JUDGE + 1)) is not None
+    assert state(book) is AdaptationState.CULLED
 
 
 def test_a_void_verdict_over_a_graft_on_probation_ends_it() -> None:
@@ -216,10 +219,11 @@ def play(events: Sequence[tuple[str, object]]) -> list[AdaptationState]:
 @given(EVENTS)
 @settings(max_examples=300, deadline=None)
 def test_what_was_grafted_and_ended_stays_so(events: list[tuple[str, object]]) -> None:
-    states = play(events)
-    for before, after in pairwise(states):
-        if before in (AdaptationState.FOSSILIZED, AdaptationState.CULLED):
+    for (before, after), event in zip(pairwise(play(events)), events, strict=True):
+        if before is AdaptationState.CULLED:
             assert after is before
+        if before is AdaptationState.FOSSILIZED:
+            assert after is (AdaptationState.CULLED if event == ("fact", FactKind.REMOVE) else before)
 
 
 @given(EVENTS)

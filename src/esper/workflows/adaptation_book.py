@@ -137,7 +137,8 @@ class AdaptationBook:
             )
         if fact.kind is FactKind.MISSED:
             return self.fail(fact.adaptation_id, state, fact.reason or adaptation.reason)
-        if adaptation.state is not AdaptationState.TRAINING:
+        # A person may also cull what was kept.
+        if adaptation.state not in (LIVE if fact.kind is FactKind.REMOVE else {AdaptationState.TRAINING}):
             return None
         if fact.kind in _VERDICTS and fact.apply_step == adaptation.judge_step and adaptation.judge is None:
             return None

@@ -221,24 +221,22 @@ class RunDesk:
 
     @workflow.update(description="ramp what was grown here to zero, then remove it")
     def cull_seed(self, message: Envelope[CullSeed]) -> Answer:
-        adaptation = self._on_probation(message.payload.site)
+        adaptation = self._alive_at(message.payload.site)
         self.removals[adaptation.adaptation_id] = adaptation
         return self._answer(f"{adaptation.adaptation_id} ramps to zero", adaptation.adaptation_id)
 
     @cull_seed.validator
     def _may_cull(self, message: Envelope[CullSeed]) -> None:
         self._not_ending()
-        adaptation = self._on_probation(message.payload.site)
+        adaptation = self._alive_at(message.payload.site)
         if adaptation.adaptation_id in self.removals:
             raise ValueError(f"{adaptation.adaptation_id} is being removed already")
 
-    def _on_probation(self, site: str) -> Adaptation:
+    def _alive_at(self, site: str) -> Adaptation:
         """What can be culled there. An update handler must fail its update, never its workflow task."""
         adaptation = self.progress.book.live_at(site)
         if adaptation is None:
             raise ApplicationError(f"nothing lives at {site}")
-        if adaptation.state is AdaptationState.FOSSILIZED:
-            raise ApplicationError(f"{adaptation.adaptation_id} was kept: it is part of the model now")
         return adaptation
 
     def _not_ending(self) -> None:
