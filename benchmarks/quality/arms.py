@@ -11,7 +11,7 @@ from torch import nn
 from esper.contracts.config import EsperConfig
 from esper.runtime.configuration import load_config
 from esper.runtime.kasmina import growth
-from esper.runtime.kasmina.manifest import GrowthManifest
+from esper.runtime.kasmina.keeping.manifest import GrowthManifest
 from esper.runtime.tezzeret.build import build_kernel
 from esper.runtime.tezzeret.build import load_kernel
 from esper.runtime.tezzeret.manifest import KernelManifest

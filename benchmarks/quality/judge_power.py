@@ -28,7 +28,7 @@ from workers import in_processes
 from esper.contracts.config import EsperConfig
 from esper.contracts.enums import Verdict
 from esper.runtime.kasmina import growth
-from esper.runtime.kasmina.fitting import site_contract
+from esper.runtime.kasmina.growing.fitting import site_contract
 from esper.runtime.kasmina.probe import probe
 from esper.runtime.tezzeret.build import build_kernel
 from esper.runtime.tezzeret.build import load_kernel

@@ -26,17 +26,17 @@ from .runtime.kasmina.growth import Graft as Graft
 from .runtime.kasmina.growth import cull as cull
 from .runtime.kasmina.growth import fossilize as fossilize
 from .runtime.kasmina.growth import graft as graft
+from .runtime.kasmina.keeping.persistence import load as load
+from .runtime.kasmina.keeping.persistence import save as save
+from .runtime.kasmina.keeping.unwrap import unwrap as unwrap
 from .runtime.kasmina.layer import KasminaLayer as KasminaLayer
 from .runtime.kasmina.model import wrap as wrap
-from .runtime.kasmina.morphable import MorphableModel as MorphableModel
-from .runtime.kasmina.morphable import dormant as dormant
-from .runtime.kasmina.persistence import load as load
-from .runtime.kasmina.persistence import save as save
 from .runtime.kasmina.status import ModelStatus as ModelStatus
 from .runtime.kasmina.status import SeedStatus as SeedStatus
 from .runtime.kasmina.status import SiteStatus as SiteStatus
 from .runtime.kasmina.status import status as status
-from .runtime.kasmina.unwrap import unwrap as unwrap
+from .runtime.kasmina.wrapping.morphable import MorphableModel as MorphableModel
+from .runtime.kasmina.wrapping.morphable import dormant as dormant
 from .runtime.tolaria.tasks import Task as Task
 
 __version__: str

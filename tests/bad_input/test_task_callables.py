@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from esper.errors import TargetError
-from esper.runtime.tolaria.data_checks import check_task
+from esper.runtime.tolaria.data.data_checks import check_task
 from esper.runtime.tolaria.tasks import Task
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 import esper
 from esper.contracts.enums import SeedState
-from esper.runtime.kasmina.manifest import growth_manifest
-from esper.runtime.kasmina.manifest import rebuild
+from esper.runtime.kasmina.keeping.manifest import growth_manifest
+from esper.runtime.kasmina.keeping.manifest import rebuild
 from esper.runtime.tezzeret.artifact import digest_of
 from esper.runtime.tezzeret.ir import canonical_json
 

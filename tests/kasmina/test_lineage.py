@@ -8,8 +8,8 @@ from torch.nn import functional
 
 import esper
 from esper.contracts.operational import LayerGraph
+from esper.runtime.kasmina.growing.pairs import traced_pairs
 from esper.runtime.kasmina.lineage import layer_graph
-from esper.runtime.kasmina.pairs import traced_pairs
 
 
 def edges(graph: LayerGraph) -> set[tuple[str, str]]:

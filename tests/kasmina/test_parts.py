@@ -17,13 +17,13 @@ from esper.runtime.kasmina import growth
 from esper.runtime.kasmina.cache import KernelCache
 from esper.runtime.kasmina.cache import kernel_cache
 from esper.runtime.kasmina.digest import tensor_bytes
-from esper.runtime.kasmina.hosts import HOST_KINDS
-from esper.runtime.kasmina.hosts import host_kind
+from esper.runtime.kasmina.growing.optimizer import StateRefused
+from esper.runtime.kasmina.growing.optimizer import joined_state
 from esper.runtime.kasmina.lifecycle import TRANSITIONS
 from esper.runtime.kasmina.lifecycle import advance
-from esper.runtime.kasmina.optimizer import StateRefused
-from esper.runtime.kasmina.optimizer import joined_state
-from esper.runtime.kasmina.undisturbed import undisturbed
+from esper.runtime.kasmina.wrapping.hosts import HOST_KINDS
+from esper.runtime.kasmina.wrapping.hosts import host_kind
+from esper.runtime.kasmina.wrapping.undisturbed import undisturbed
 from esper.runtime.tezzeret.artifact import KernelFiles
 from esper.runtime.tezzeret.build import build_kernel
 

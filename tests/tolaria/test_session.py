@@ -18,7 +18,7 @@ from esper.errors import DeviceError
 from esper.errors import LeaseLost
 from esper.errors import RunFailed
 from esper.runtime.kasmina.digest import weights_digest
-from esper.runtime.kasmina.persistence import load
+from esper.runtime.kasmina.keeping.persistence import load
 from esper.runtime.tezzeret.samples import unpack_samples
 
 

@@ -13,8 +13,8 @@ from esper.errors import ConfigurationError
 from esper.errors import DatasetError
 from esper.errors import DataUnavailable
 from esper.errors import TargetError
-from esper.runtime.tolaria.data_checks import check_task
-from esper.runtime.tolaria.digits import load_digits_splits
+from esper.runtime.tolaria.data.data_checks import check_task
+from esper.runtime.tolaria.data.digits import load_digits_splits
 from esper.runtime.tolaria.randomness import capture_random_state
 from esper.runtime.tolaria.tasks import Task
 from esper.runtime.tolaria.tasks import fresh_model

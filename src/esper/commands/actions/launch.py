@@ -46,8 +46,8 @@ from esper.runtime.run_document import check_output_folder
 from esper.runtime.run_document import document_json
 from esper.runtime.run_document import write_output_folder
 from esper.runtime.temporal import queues
-from esper.runtime.tolaria.targets import no_such_module
-from esper.runtime.tolaria.targets import refuse_standard
+from esper.runtime.tolaria.data.targets import no_such_module
+from esper.runtime.tolaria.data.targets import refuse_standard
 from esper.runtime.urza.library import Library
 from esper.workflows import presentation
 
@@ -58,7 +58,7 @@ ROW_TIMEOUT = 30.0
 ROW_INTERVAL = 0.1
 
 FOLDER_TASKS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
-"""Tasks whose data is a folder that the user names, and its form in `runtime.tolaria.cifar`."""
+"""Tasks whose data is a folder that the user names, and its form in `runtime.tolaria.data.cifar`."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def check_on_this_machine(config: EsperConfig) -> None:
 
         choose_device(config.run.device)
     if config.task.name in FOLDER_TASKS:
-        from esper.runtime.tolaria import cifar
+        from esper.runtime.tolaria.data import cifar
 
         form = getattr(cifar, FOLDER_TASKS[config.task.name])
         cifar.load_cifar(form, Path(config.task.path) if config.task.path is not None else None)

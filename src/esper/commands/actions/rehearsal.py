@@ -12,7 +12,7 @@ from esper.runtime.kasmina.lineage import layer_graph
 from esper.runtime.tezzeret.blueprints import cost
 from esper.runtime.tezzeret.blueprints import resolve_hyperparameters
 from esper.runtime.tezzeret.blueprints import site_contract_for
-from esper.runtime.tolaria.data_checks import check_task
+from esper.runtime.tolaria.data.data_checks import check_task
 from esper.runtime.tolaria.device import choose_device
 from esper.runtime.tolaria.plan import wrapped
 from esper.runtime.tolaria.sampler import Batches

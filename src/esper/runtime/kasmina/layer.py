@@ -18,7 +18,7 @@ from esper.errors import GrowthError
 from esper.runtime.kasmina.bank import Slot
 from esper.runtime.kasmina.bank import activate
 from esper.runtime.kasmina.bank import add_seeds
-from esper.runtime.kasmina.hosts import kind_named
+from esper.runtime.kasmina.wrapping.hosts import kind_named
 
 
 class KasminaLayer:

@@ -20,16 +20,16 @@ from esper.contracts.assets import SiteContract
 from esper.contracts.operational import LayerEdge
 from esper.contracts.operational import LayerGraph
 from esper.contracts.operational import SiteNode
-from esper.runtime.kasmina.fold import pair_obstacle
-from esper.runtime.kasmina.hosts import Shape
-from esper.runtime.kasmina.hosts import kind_named
+from esper.runtime.kasmina.growing.fold import pair_obstacle
 from esper.runtime.kasmina.layer import SiteState
 from esper.runtime.kasmina.layer import state_of
-from esper.runtime.kasmina.morphable import dormant
-from esper.runtime.kasmina.morphable import model_state
-from esper.runtime.kasmina.morphable import recording
-from esper.runtime.kasmina.morphable import sites_of
-from esper.runtime.kasmina.undisturbed import undisturbed
+from esper.runtime.kasmina.wrapping.hosts import Shape
+from esper.runtime.kasmina.wrapping.hosts import kind_named
+from esper.runtime.kasmina.wrapping.morphable import dormant
+from esper.runtime.kasmina.wrapping.morphable import model_state
+from esper.runtime.kasmina.wrapping.morphable import recording
+from esper.runtime.kasmina.wrapping.morphable import sites_of
+from esper.runtime.kasmina.wrapping.undisturbed import undisturbed
 
 _ACTIVATION_NODES = {
     "ReluBackward0": "relu",

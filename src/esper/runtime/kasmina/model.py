@@ -17,25 +17,25 @@ from torch import nn
 from esper.errors import ConfigurationError
 from esper.errors import SiteError
 from esper.runtime.kasmina.cache import kernel_cache
-from esper.runtime.kasmina.hosts import HOST_KINDS
-from esper.runtime.kasmina.hosts import host_kind
-from esper.runtime.kasmina.hosts import is_uninitialised
 from esper.runtime.kasmina.layer import KasminaLayer
 from esper.runtime.kasmina.layer import layer_forward
 from esper.runtime.kasmina.layer import new_state
 from esper.runtime.kasmina.layer import state_of
 from esper.runtime.kasmina.lineage import layer_graph
-from esper.runtime.kasmina.morphable import STATE
-from esper.runtime.kasmina.morphable import M
-from esper.runtime.kasmina.morphable import ModelState
-from esper.runtime.kasmina.morphable import MorphableModel
-from esper.runtime.kasmina.morphable import listed
-from esper.runtime.kasmina.morphable import near_names
-from esper.runtime.kasmina.morphable import strip
-from esper.runtime.kasmina.swap import mixed_class
-from esper.runtime.kasmina.swap import own_class
-from esper.runtime.kasmina.swap import swap
-from esper.runtime.kasmina.swap import swap_back
+from esper.runtime.kasmina.wrapping.hosts import HOST_KINDS
+from esper.runtime.kasmina.wrapping.hosts import host_kind
+from esper.runtime.kasmina.wrapping.hosts import is_uninitialised
+from esper.runtime.kasmina.wrapping.morphable import STATE
+from esper.runtime.kasmina.wrapping.morphable import M
+from esper.runtime.kasmina.wrapping.morphable import ModelState
+from esper.runtime.kasmina.wrapping.morphable import MorphableModel
+from esper.runtime.kasmina.wrapping.morphable import listed
+from esper.runtime.kasmina.wrapping.morphable import near_names
+from esper.runtime.kasmina.wrapping.morphable import strip
+from esper.runtime.kasmina.wrapping.swap import mixed_class
+from esper.runtime.kasmina.wrapping.swap import own_class
+from esper.runtime.kasmina.wrapping.swap import swap
+from esper.runtime.kasmina.wrapping.swap import swap_back
 
 Target = str | type[nn.Module]
 

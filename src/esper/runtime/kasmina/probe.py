@@ -14,12 +14,12 @@ from torch import nn
 
 from esper.contracts.enums import SeedState
 from esper.contracts.operational import HealthSignal
-from esper.runtime.kasmina.hosts import kind_named
 from esper.runtime.kasmina.layer import SiteState
 from esper.runtime.kasmina.layer import state_of
-from esper.runtime.kasmina.morphable import recording
-from esper.runtime.kasmina.morphable import sites_of
-from esper.runtime.kasmina.undisturbed import undisturbed
+from esper.runtime.kasmina.wrapping.hosts import kind_named
+from esper.runtime.kasmina.wrapping.morphable import recording
+from esper.runtime.kasmina.wrapping.morphable import sites_of
+from esper.runtime.kasmina.wrapping.undisturbed import undisturbed
 from esper.runtime.tezzeret.build import SiteSamples
 
 MAX_SAMPLES = 512

@@ -6,8 +6,8 @@ from torch import nn
 
 from esper.contracts.enums import SeedState
 from esper.runtime.kasmina.layer import state_of
-from esper.runtime.kasmina.morphable import model_state
-from esper.runtime.kasmina.morphable import sites_of
+from esper.runtime.kasmina.wrapping.morphable import model_state
+from esper.runtime.kasmina.wrapping.morphable import sites_of
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch import nn
 
 from esper.contracts.operational import HealthSignal
-from esper.runtime.kasmina.hosts import kind_named
 from esper.runtime.kasmina.layer import SiteState
 from esper.runtime.kasmina.layer import state_of
-from esper.runtime.kasmina.morphable import model_state
-from esper.runtime.kasmina.morphable import sites_of
+from esper.runtime.kasmina.wrapping.hosts import kind_named
+from esper.runtime.kasmina.wrapping.morphable import model_state
+from esper.runtime.kasmina.wrapping.morphable import sites_of
 
 EVERY = 64
 ROWS = 32

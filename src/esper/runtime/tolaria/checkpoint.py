@@ -25,9 +25,9 @@ from esper.contracts.base import Contract
 from esper.contracts.config import EsperConfig
 from esper.errors import IntegrityError
 from esper.errors import RunConflict
-from esper.runtime.kasmina.manifest import GrowthManifest
-from esper.runtime.kasmina.manifest import growth_manifest
-from esper.runtime.kasmina.manifest import rebuild
+from esper.runtime.kasmina.keeping.manifest import GrowthManifest
+from esper.runtime.kasmina.keeping.manifest import growth_manifest
+from esper.runtime.kasmina.keeping.manifest import rebuild
 from esper.runtime.tezzeret.ir import canonical_json
 from esper.runtime.tolaria.live.run_state import RunState
 from esper.runtime.tolaria.optimizer_state import GroupRecord

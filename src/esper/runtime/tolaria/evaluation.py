@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch import nn
 
-from esper.runtime.kasmina.undisturbed import undisturbed
+from esper.runtime.kasmina.wrapping.undisturbed import undisturbed
 from esper.runtime.tolaria.sampler import Batches
 
 SPLIT_SEED = 20_011

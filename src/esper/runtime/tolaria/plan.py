@@ -14,8 +14,8 @@ from esper.contracts.config import EsperConfig
 from esper.contracts.config import KasminaConfig
 from esper.runtime.kasmina.model import Target
 from esper.runtime.kasmina.model import wrap
-from esper.runtime.kasmina.undisturbed import undisturbed
-from esper.runtime.tolaria.data_checks import check_task
+from esper.runtime.kasmina.wrapping.undisturbed import undisturbed
+from esper.runtime.tolaria.data.data_checks import check_task
 from esper.runtime.tolaria.device import choose_device
 from esper.runtime.tolaria.device import choose_threads
 from esper.runtime.tolaria.device import use_threads

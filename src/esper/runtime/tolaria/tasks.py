@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 from esper.contracts.config import TaskConfig
 from esper.errors import ConfigurationError
 from esper.errors import TargetError
-from esper.runtime.tolaria.quick_starts import PACKAGED_TASKS
-from esper.runtime.tolaria.quick_starts import TaskParts
+from esper.runtime.tolaria.data.quick_starts import PACKAGED_TASKS
+from esper.runtime.tolaria.data.quick_starts import TaskParts
+from esper.runtime.tolaria.data.targets import call_target
 from esper.runtime.tolaria.randomness import preserved_random_state
 from esper.runtime.tolaria.randomness import seed_everything
-from esper.runtime.tolaria.targets import call_target
 
 
 @dataclass(eq=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from esper.contracts.assets import ArtifactRef
-from esper.runtime.kasmina.persistence import save
+from esper.runtime.kasmina.keeping.persistence import save
 from esper.runtime.tolaria.evaluation import evaluate
 from esper.runtime.tolaria.live.live_run import LiveRun
 from esper.runtime.tolaria.store import SessionStore

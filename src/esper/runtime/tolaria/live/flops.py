@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from esper.runtime.kasmina.undisturbed import undisturbed
+from esper.runtime.kasmina.wrapping.undisturbed import undisturbed
 from esper.runtime.tolaria.live.surgery import eager_kernels
 from esper.runtime.tolaria.trainee import Trainee
 

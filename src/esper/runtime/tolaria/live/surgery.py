@@ -15,9 +15,9 @@ from esper.errors import EsperError
 from esper.runtime.kasmina import growth
 from esper.runtime.kasmina.layer import state_of
 from esper.runtime.kasmina.lifecycle import REMOVABLE
-from esper.runtime.kasmina.morphable import site_named
-from esper.runtime.kasmina.morphable import sites_of
-from esper.runtime.kasmina.undisturbed import undisturbed
+from esper.runtime.kasmina.wrapping.morphable import site_named
+from esper.runtime.kasmina.wrapping.morphable import sites_of
+from esper.runtime.kasmina.wrapping.undisturbed import undisturbed
 from esper.runtime.tezzeret.build import KernelModule
 from esper.runtime.tolaria.live.run_state import HeldGraft
 from esper.runtime.tolaria.live.run_state import Ramp

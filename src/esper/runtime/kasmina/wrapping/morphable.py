@@ -16,13 +16,13 @@ from esper.contracts.operational import LayerGraph
 from esper.errors import SiteError
 from esper.runtime.kasmina.bank import IDENTITY
 from esper.runtime.kasmina.bank import Slot
-from esper.runtime.kasmina.fused import leave_fused_paths
 from esper.runtime.kasmina.layer import KasminaLayer
 from esper.runtime.kasmina.layer import Recorder
 from esper.runtime.kasmina.layer import SiteState
 from esper.runtime.kasmina.layer import Tap
 from esper.runtime.kasmina.layer import state_of
-from esper.runtime.kasmina.swap import swap_back
+from esper.runtime.kasmina.wrapping.fused import leave_fused_paths
+from esper.runtime.kasmina.wrapping.swap import swap_back
 
 M = TypeVar("M", bound=nn.Module)
 

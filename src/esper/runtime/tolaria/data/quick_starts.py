@@ -14,11 +14,11 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from torch.utils.data import TensorDataset
 
-from esper.runtime.tolaria.cifar import CIFAR10
-from esper.runtime.tolaria.cifar import CIFAR100
-from esper.runtime.tolaria.cifar import CifarForm
-from esper.runtime.tolaria.cifar import load_cifar
-from esper.runtime.tolaria.digits import load_digits_splits
+from esper.runtime.tolaria.data.cifar import CIFAR10
+from esper.runtime.tolaria.data.cifar import CIFAR100
+from esper.runtime.tolaria.data.cifar import CifarForm
+from esper.runtime.tolaria.data.cifar import load_cifar
+from esper.runtime.tolaria.data.digits import load_digits_splits
 
 Batch = Any
 Split = tuple[Tensor, Tensor]

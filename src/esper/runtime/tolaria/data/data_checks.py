@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from esper.errors import DatasetError
 from esper.errors import TargetError
-from esper.runtime.kasmina.undisturbed import undisturbed
+from esper.runtime.kasmina.wrapping.undisturbed import undisturbed
 from esper.runtime.tolaria.sampler import Batches
 from esper.runtime.tolaria.tasks import Task
 

@@ -14,12 +14,12 @@ from esper.contracts.base import SiteName
 from esper.errors import BlueprintError
 from esper.errors import IntegrityError
 from esper.runtime.kasmina.bank import Slot
-from esper.runtime.kasmina.hosts import host_weight
+from esper.runtime.kasmina.growing.slots import plant
 from esper.runtime.kasmina.layer import state_of
-from esper.runtime.kasmina.morphable import model_state
-from esper.runtime.kasmina.morphable import settle
-from esper.runtime.kasmina.morphable import sites_of
-from esper.runtime.kasmina.slots import plant
+from esper.runtime.kasmina.wrapping.hosts import host_weight
+from esper.runtime.kasmina.wrapping.morphable import model_state
+from esper.runtime.kasmina.wrapping.morphable import settle
+from esper.runtime.kasmina.wrapping.morphable import sites_of
 from esper.runtime.tezzeret.artifact import KernelFiles
 from esper.runtime.tezzeret.artifact import digest_of
 from esper.runtime.tezzeret.build import KernelModule

@@ -15,13 +15,13 @@ from torch.nn.utils import parametrize
 from esper.runtime.kasmina.bank import IDENTITY
 from esper.runtime.kasmina.bank import Slot
 from esper.runtime.kasmina.bank import is_pointwise
-from esper.runtime.kasmina.hosts import host_weight
+from esper.runtime.kasmina.growing.optimizer import StateRefused
+from esper.runtime.kasmina.growing.optimizer import joined_state
+from esper.runtime.kasmina.growing.optimizer import replace_parameter
 from esper.runtime.kasmina.layer import state_of
-from esper.runtime.kasmina.morphable import sites_of
-from esper.runtime.kasmina.optimizer import StateRefused
-from esper.runtime.kasmina.optimizer import joined_state
-from esper.runtime.kasmina.optimizer import replace_parameter
-from esper.runtime.kasmina.swap import plain_class
+from esper.runtime.kasmina.wrapping.hosts import host_weight
+from esper.runtime.kasmina.wrapping.morphable import sites_of
+from esper.runtime.kasmina.wrapping.swap import plain_class
 
 _PLAIN_FORWARDS = {nn.Linear: nn.Linear.forward, nn.Conv2d: nn.Conv2d.forward}
 _WIDE_ENOUGH = (torch.float32, torch.float64)

@@ -27,13 +27,13 @@ from esper.errors import GrowthError
 from esper.errors import IntegrityError
 from esper.runtime.kasmina.cache import kernel_cache
 from esper.runtime.kasmina.digest import weights_digest
-from esper.runtime.kasmina.manifest import GrowthManifest
-from esper.runtime.kasmina.manifest import added_units
-from esper.runtime.kasmina.manifest import growth_manifest
-from esper.runtime.kasmina.manifest import lengthened_shapes
-from esper.runtime.kasmina.manifest import rebuild
+from esper.runtime.kasmina.keeping.manifest import GrowthManifest
+from esper.runtime.kasmina.keeping.manifest import added_units
+from esper.runtime.kasmina.keeping.manifest import growth_manifest
+from esper.runtime.kasmina.keeping.manifest import lengthened_shapes
+from esper.runtime.kasmina.keeping.manifest import rebuild
 from esper.runtime.kasmina.model import wrap
-from esper.runtime.kasmina.morphable import M
+from esper.runtime.kasmina.wrapping.morphable import M
 from esper.runtime.tezzeret.artifact import digest_of
 from esper.runtime.tezzeret.ir import canonical_json
 
