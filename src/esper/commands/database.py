@@ -30,23 +30,10 @@ def check(url: options.DatabaseOption = None, as_json: options.JsonFlag = False)
     import asyncio
 
     from esper.commands.actions import connections
-    from esper.errors import DatabaseUnavailable
     from esper.runtime.urza import migration
 
     status = asyncio.run(migration.check(connections.database_url(url)))
-    if status.state == "newer":
-        raise DatabaseUnavailable(
-            "ESP-334",
-            f"database {status.database} is at revision {status.current}, newer than this Esper's {status.head}",
-            hint="Install the Esper that made it, or a later one",
-        )
-    if status.state != "current":
-        found = "has no tables yet" if status.current is None else f"is at revision {status.current}"
-        raise DatabaseUnavailable(
-            "ESP-334",
-            f"database {status.database} {found}; this Esper needs revision {status.head}",
-            hint="Run `esper-cli db upgrade`; --database URL names another than the default",
-        )
+    migration.require(status)
     if as_json:
         output.write_json(_form(status.database, status.current, status.head, status.state))
     else:

@@ -69,6 +69,11 @@ async def require_current(engine: AsyncEngine) -> None:
         status = RevisionStatus(describe(engine.url), None, REVISION)
     else:
         status = await _status(engine)
+    require(status)
+
+
+def require(status: RevisionStatus) -> None:
+    """Raise `DatabaseUnavailable` (ESP-334), saying what to do, unless this is the revision of this Esper."""
     if status.state == "newer":
         raise DatabaseUnavailable(
             "ESP-334",
