@@ -37,6 +37,8 @@ ADAPTATION_MOVES: Mapping[AdaptationState, frozenset[AdaptationState]] = {
 Once grafted, an adaptation cannot be missed, vetoed or stale; a terminal state stays. What was kept may still be culled
 by a person."""
 
+_UNDER_WAY = frozenset({_S.ORDERED, _S.DELIVERED, _S.TRAINING})
+
 
 @dataclass(frozen=True)
 class StoredHistory:
@@ -93,7 +95,7 @@ async def record_adaptation(connection: AsyncConnection, adaptation: Adaptation)
 
 def _may_replace(old: AdaptationState, new: AdaptationState) -> bool:
     """A late or repeated record changes nothing; the present state, not yet terminal, may become known better."""
-    return new in ADAPTATION_MOVES[old] or (new is old and bool(ADAPTATION_MOVES[old]))
+    return new in ADAPTATION_MOVES[old] or (new is old and old in _UNDER_WAY)
 
 
 def _merged(old: Adaptation, new: Adaptation) -> Adaptation:
