@@ -43,15 +43,6 @@ Cli = Callable[..., Result]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder."""
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    return here
-
-
-@pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], folder: Path) -> Cli:
     def call(*arguments: str) -> Result:
         capsys.readouterr()
