@@ -106,6 +106,15 @@ def test_a_killed_trainer_costs_no_bit(grown: dict[str, Any], stack: LocalStack)
     assert document["digest"] == grown["digest"]
 
 
+@pytest.mark.parametrize("run_id", ["digits-1", "digits-killed"])
+def test_records_alone_reproduce_the_run_without_temporal(grown: dict[str, Any], stack: LocalStack, run_id: str) -> None:
+    nowhere = LocalStack(stack.home, TEMPORAL_ADDRESS="127.0.0.1:1")
+    reproduced = nowhere.ok("reproduce", run_id, "--json").document
+    assert reproduced["clean"]
+    assert reproduced["digest"] == reproduced["recorded_digest"] == grown["digest"]
+    assert len(reproduced["heads"]) >= 60 and all(head["same"] for head in reproduced["heads"])
+
+
 def test_the_same_run_id_twice_is_a_conflict(grown: dict[str, Any], stack: LocalStack) -> None:
     ended = stack.run("start-run", "--quick-start", "digits", "--run-id", "digits-1", "--json", "--output", "elsewhere")
     assert ended.code == 5

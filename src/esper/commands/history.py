@@ -1,4 +1,5 @@
-"""What a run decided and why (`history`), and whether its workflow still replays (`replay`)."""
+"""What a run decided and why (`history`), whether its workflow still replays (`replay`) and its training too
+(`reproduce`)."""
 
 from typing import Annotated
 
@@ -36,3 +37,10 @@ def replay(
     from esper.commands.actions import replaying
 
     return replaying.write_reports(asyncio.run(replaying.replay(target)), as_json=as_json)
+
+
+def reproduce(run: options.RunArgument, as_json: options.JsonFlag = False) -> int:
+    """Train a run again from its records alone, without Temporal, and compare every head to the bit (exit 4)."""
+    from esper.commands.actions import reproducing
+
+    return reproducing.reproduce_run(run, as_json=as_json)

@@ -30,7 +30,9 @@ class SiteContract(Contract):
 
     `input_shape` and `output_shape` are the shapes of one sample of the layer that is read and of the
     layer that is added to (without the batch dimension); `attributes` are the geometry of the host
-    layer, such as the kernel size, stride and padding of a convolution.
+    layer, such as the kernel size, stride and padding of a convolution. A kernel that `reads` the output takes
+    what the layer (and the seeds before it) computed in place of the layer's input: `input_shape` is then the
+    shape of that.
     """
 
     site: SiteName
@@ -39,6 +41,7 @@ class SiteContract(Contract):
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     dtype: str
+    reads: Literal["input", "output"] = "input"
     attributes: dict[str, JsonValue] = Field(default_factory=dict)
 
 

@@ -158,15 +158,14 @@ def write(taken: Snapshot, put: Put, each: Each = map) -> ArtifactRef:
     return put(canonical_json(manifest.model_dump(mode="json")))
 
 
+def read_manifest(manifest: ArtifactRef, fetch: Get) -> CheckpointManifest:
+    """The manifest of a checkpoint without its tensors. Raises as `restore` does."""
+    return _manifest(_whole(fetch)(manifest))
+
+
 def restore(manifest: ArtifactRef, fetch: Get) -> Restored:
     """Read a checkpoint back. Raises `IntegrityError` (ESP-407, ESP-408), or what the store raises when it is away."""
-
-    def get(ref: ArtifactRef) -> bytes:
-        try:
-            return fetch(ref)
-        except IntegrityError as error:
-            raise _damaged(error.message) from error
-
+    get = _whole(fetch)
     document = _manifest(get(manifest))
     return Restored(
         manifest=document,
@@ -232,6 +231,18 @@ def _load(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(stored[name])
+
+
+def _whole(fetch: Get) -> Get:
+    """`fetch` with damaged bytes told as a damaged checkpoint."""
+
+    def get(ref: ArtifactRef) -> bytes:
+        try:
+            return fetch(ref)
+        except IntegrityError as error:
+            raise _damaged(error.message) from error
+
+    return get
 
 
 def _manifest(data: bytes) -> CheckpointManifest:

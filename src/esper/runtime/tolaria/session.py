@@ -6,6 +6,7 @@ the facts of that step by `seq`, then a checkpoint that was asked for, and takes
 """
 
 from collections import Counter
+from collections.abc import Collection
 from concurrent.futures import Future
 from time import monotonic
 
@@ -49,10 +50,11 @@ from esper.runtime.tolaria.store import SessionStore
 class Session:
     """One run in the memory of one process. Once it has failed, every call raises what it failed with."""
 
-    def __init__(self, loaded: Loaded, reports: dict[int, EpochReport]) -> None:
+    def __init__(self, loaded: Loaded, reports: dict[int, EpochReport], commit_at: Collection[int] = ()) -> None:
         self._shared = loaded.shared
         self._writer = loaded.writer
         self._warnings = loaded.warnings
+        self._commit_at = commit_at
         self._reports = reports
         self._commits: dict[int, Future[Committed]] = {}
         self._hold: int | None = None
@@ -62,13 +64,19 @@ class Session:
         self._rate: tuple[float, int] = (monotonic(), 0)
 
     @classmethod
-    def load(cls, config: EsperConfig, ledger: Ledger, store: SessionStore) -> "Session":
+    def load(
+        cls, config: EsperConfig, ledger: Ledger, store: SessionStore, *, commit_at: Collection[int] = ()
+    ) -> "Session":
         """A run where its head stands, or a fresh one with its first head committed at step 0.
+
+        Heads are committed at the end of each epoch, before each graft and at the steps `commit_at`; training pauses
+        at the last of those.
 
         Raises what can be wrong with the task, the device, the data (ESP-2xx, ESP-3xx), the checkpoint (ESP-407..409)
         and the recipe (`RunConflict` ESP-502).
         """
-        return cls(load_run(config, ledger, store), {report.epoch: report for report in ledger.reports})
+        reports = {report.epoch: report for report in ledger.reports}
+        return cls(load_run(config, ledger, store), reports, commit_at)
 
     def describe(self) -> LoadedRun:
         """Where the run stands and what it is made of."""
@@ -207,6 +215,10 @@ class Session:
                 files=export_files(run, shared.store),
             )
 
+    def digest(self) -> str:
+        """`weights_digest` of the model as it stands; nobody may be training."""
+        return weights_digest(self._shared.run.trainee.model)
+
     def unfinished(self) -> FinishedRun:
         """What is known of a run that ends here without an end result."""
         return FinishedRun(
@@ -226,7 +238,7 @@ class Session:
             pass_boundary(shared, pulse)
             if shared.requests:
                 serve_checkpoints(shared, pulse)
-            if holds != self._holds:
+            if holds != self._holds or self._ends_here(pulse):
                 return False
             self._rows += self._take_step()
             shared.turn.moved()
@@ -237,6 +249,15 @@ class Session:
         )
         self._commits = {request.epoch: commit} | {n: c for n, c in self._commits.items() if not c.done()}
         return True
+
+    def _ends_here(self, pulse: Pulse) -> bool:
+        """Commit where it was asked for from the beginning; true at the last of those steps."""
+        shared = self._shared
+        if shared.run.step not in self._commit_at:
+            return False
+        shared.run.wait_for_writer(lambda commit: shared.stall_for(commit, pulse))
+        shared.stall_for(shared.run.commit(), pulse)
+        return shared.run.step == max(self._commit_at)
 
     def _take_step(self) -> int:
         run = self._shared.run

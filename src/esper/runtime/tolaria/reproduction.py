@@ -1,0 +1,180 @@
+"""A run trained once more from its records alone: every recorded fact at its step, every recorded head compared.
+
+No workflow, no strategist and no forge take part: the facts say what happened to the model, the kernels are the
+stored ones, and the session is the one that trained the run. Nothing is written to the run's records.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Lock
+
+from esper.contracts.assets import ArtifactRef
+from esper.contracts.base import Digest
+from esper.contracts.config import EsperConfig
+from esper.contracts.operational import EpochReport
+from esper.contracts.operational import Fact
+from esper.contracts.operational import HeadRef
+from esper.contracts.orders import EpochRequest
+from esper.contracts.orders import Lease
+from esper.errors import IntegrityError
+from esper.errors import NotFoundError
+from esper.runtime.tolaria.checkpoint import CheckpointManifest
+from esper.runtime.tolaria.checkpoint import read_manifest
+from esper.runtime.tolaria.live.live_run import VERDICTS
+from esper.runtime.tolaria.session import Session
+from esper.runtime.tolaria.store import Progress
+from esper.runtime.urza.objects import FolderStore
+
+Get = Callable[[ArtifactRef], bytes]
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What Urza knows of a run. `heads` are those that were ever committed, each with its manifest."""
+
+    run_id: str
+    config: EsperConfig
+    facts: Sequence[Fact]
+    heads: Sequence[tuple[HeadRef, ArtifactRef]]
+    get: Get
+
+
+@dataclass(frozen=True)
+class ComparedHead:
+    """One recorded head and what the reproduction has at its step.
+
+    `same`: at that step the reproduction had the same model, optimizer and random state, to the bit. `obstacle` says
+    why there was nothing to compare (the bytes of an old head may have been collected).
+    """
+
+    step: int
+    epoch: int
+    head: Digest
+    same: bool
+    obstacle: str | None = None
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """The outcome: `divergences` are facts that the reproduction would have decided otherwise."""
+
+    run_id: str
+    heads: tuple[ComparedHead, ...]
+    digest: Digest
+    divergences: tuple[str, ...]
+
+    @property
+    def different(self) -> tuple[ComparedHead, ...]:
+        """Recorded heads that could be compared and are not the same."""
+        return tuple(head for head in self.heads if not head.same and head.obstacle is None)
+
+    @property
+    def clean(self) -> bool:
+        """Nothing diverged, and every head that could be compared is the same."""
+        return not self.divergences and not self.different
+
+
+class _Shelf:
+    """A `SessionStore` that reads the run's objects, writes to a folder of its own and knows the recorded facts."""
+
+    def __init__(self, recorded: RecordedRun, folder: Path) -> None:
+        self.lease = Lease(run_id=recorded.run_id, lease_gen=1, task_queue="reproduction")
+        self.committed: list[tuple[int, CheckpointManifest]] = []
+        self.divergences: list[str] = []
+        self._recorded = recorded
+        self._own = FolderStore(folder)
+        self._lock = Lock()
+
+    def put(self, data: bytes) -> ArtifactRef:
+        return self._own.put(data)
+
+    def get(self, ref: ArtifactRef) -> bytes:
+        return self._own.get(ref) if self._own.exists(ref) else self._recorded.get(ref)
+
+    def commit_head(
+        self, head: HeadRef, manifest: ArtifactRef, parent: Digest | None, report: EpochReport | None
+    ) -> HeadRef:
+        document = read_manifest(manifest, self.get)
+        with self._lock:
+            self.committed.append((head.step, document))
+        return head
+
+    def insert_fact(self, fact: Fact) -> Fact:
+        """A fact that the records lack is a divergence; it rules here, so that training can go on to show more."""
+        same = (known for known in self._recorded.facts if known.adaptation_id == fact.adaptation_id)
+        found = next((known for known in same if known.kind is fact.kind), None)
+        if found is not None:
+            return found
+        with self._lock:
+            self.divergences.append(
+                f"{fact.kind} of {fact.adaptation_id} at step {fact.apply_step} is not in the records: {fact.reason}"
+            )
+            last = max((known.seq for known in self._recorded.facts), default=0)
+            return fact.model_copy(update={"seq": last + len(self.divergences)})
+
+
+@dataclass(frozen=True)
+class _Fresh:
+    """A ledger with every fact and no head: training begins at step 0."""
+
+    facts: Sequence[Fact]
+    head: HeadRef | None = None
+    manifest: ArtifactRef | None = None
+    reports: Sequence[EpochReport] = ()
+
+    @property
+    def frontier(self) -> int:
+        return max((fact.apply_step for fact in self.facts), default=0)
+
+
+def reproduce(recorded: RecordedRun, tick: Callable[[Progress], None]) -> Reproduction:
+    """Train from step 0 to the last recorded head. `tick` is called with progress and may raise to give up.
+
+    Raises what a session raises: `TargetError`, `DatasetError` (task or data are not what they were),
+    `IntegrityError` (a kernel is gone or damaged), `RunFailed` (training raised).
+    """
+    steps = frozenset(head.step for head, _ in recorded.heads)
+    ended = max(steps, default=0)
+    facts = [fact for fact in recorded.facts if fact.apply_step <= ended]
+    with TemporaryDirectory(prefix="esper-reproduction-") as folder:
+        shelf = _Shelf(recorded, Path(folder))
+        session = Session.load(recorded.config, _Fresh(facts), shelf, commit_at=steps)
+        try:
+            per_epoch = session.describe().steps_per_epoch
+            for epoch in range(1, -(-ended // per_epoch) + 1):
+                session.train_epoch(EpochRequest(lease=shelf.lease, epoch=epoch), tick)
+                for fact in facts:
+                    if fact.kind in VERDICTS.values() and fact.apply_step == epoch * per_epoch:
+                        session.judge(fact.adaptation_id, tick)
+            digest = session.digest()
+        finally:
+            session.close()
+        return Reproduction(
+            run_id=recorded.run_id,
+            heads=tuple(_compare(recorded.get, shelf.committed, head, manifest) for head, manifest in recorded.heads),
+            digest=digest,
+            divergences=tuple(shelf.divergences),
+        )
+
+
+def _compare(
+    get: Get, committed: Sequence[tuple[int, CheckpointManifest]], head: HeadRef, manifest: ArtifactRef
+) -> ComparedHead:
+    def compared(same: bool, obstacle: str | None = None) -> ComparedHead:
+        return ComparedHead(step=head.step, epoch=head.epoch, head=head.digest, same=same, obstacle=obstacle)
+
+    try:
+        recorded = read_manifest(manifest, get)
+    except (IntegrityError, NotFoundError) as error:
+        return compared(False, error.message)
+    here = [document for step, document in committed if step == head.step]
+    if not here:
+        return compared(False, "the reproduction did not stop at this step")
+    return compared(any(_tensors(document) == _tensors(recorded) for document in here))
+
+
+def _tensors(document: CheckpointManifest) -> tuple[Digest, ...]:
+    return document.model.digest, document.optimizer.digest, document.random.digest
