@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,14 @@ from safetensors.torch import load_file
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 
 FAST = ("--set", "run.max_epochs=6", "--set", "tamiyo.policy=none")
+
+
+def until(true: Callable[[], bool], seconds: float = 180) -> None:
+    """Wait until something is true."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +113,27 @@ def test_a_killed_trainer_costs_no_bit(grown: dict[str, Any], stack: LocalStack)
     document = json.loads(out)
     assert document["restarts"] == 1
     assert document["digest"] == grown["digest"]
+
+
+def test_a_lost_temporal_database_costs_no_bit(grown: dict[str, Any], tmp_path: Path) -> None:
+    lost = LocalStack(tmp_path / "home")
+    try:
+        lost.ok("start-run", "--quick-start", "digits", "--run-id", "digits-1", "--detach")
+        until(lambda: lost.run("show", "digits-1", "--json").document["epochs"] >= 20)
+        assert lost.run("recover", "digits-1").code == 5
+        state = lost.stack()
+        for pid in (state["supervisor"]["pid"], state["temporal"]["pid"], *(w["pid"] for w in state["workers"])):
+            os.kill(pid, signal.SIGKILL)
+        for path in lost.home.glob("temporal-*.db*"):
+            path.unlink()
+        assert lost.run("show", "digits-1", "--json").document["outcome"] == "running"
+        lost.ok("recover", "digits-1")
+        until(lambda: lost.run("show", "digits-1", "--json").document["outcome"] == "completed")
+        recovered = lost.ok("show", "digits-1", "--json").document
+    finally:
+        lost.run("down")
+    assert recovered["digest"] == grown["digest"]
+    assert recovered["divergences"] == 0
 
 
 @pytest.mark.parametrize("run_id", ["digits-1", "digits-killed"])

@@ -25,9 +25,16 @@ def stop(run: options.RunArgument, as_json: options.JsonFlag = False) -> int:
 
 def resume(run: options.RunArgument, as_json: options.JsonFlag = False) -> int:
     """Continue a paused, stopped or failed run under the same id."""
-    from esper.commands.actions import launch
+    from esper.commands.actions import continuing
 
-    return _print(launch.resume(run), as_json=as_json)
+    return _print(continuing.resume(run), as_json=as_json)
+
+
+def recover(run: options.RunArgument, as_json: options.JsonFlag = False) -> int:
+    """Go on with a run that the Temporal server has lost, from the last checkpoint in Urza."""
+    from esper.commands.actions import continuing
+
+    return _print(continuing.recover(run), as_json=as_json)
 
 
 def adapt(
@@ -78,9 +85,9 @@ def cull(run: options.RunArgument, site: options.SiteArgument, as_json: options.
 def _update(run: str, name: str, payload: Any, *, as_json: bool) -> int:
     import asyncio
 
-    from esper.commands.actions import launch
+    from esper.commands.actions import continuing
 
-    return _print(asyncio.run(launch.update(run, name, payload)), as_json=as_json)
+    return _print(asyncio.run(continuing.update(run, name, payload)), as_json=as_json)
 
 
 def _print(answer: dict[str, object], *, as_json: bool) -> int:

@@ -206,13 +206,22 @@ async def has_search_attributes(connected: Client) -> bool:
 
 async def is_closed(connected: Client, run_id: str) -> bool:
     """Whether the run's workflow has ended, or the server does not know it."""
+    return await _status(connected, run_id) is not WorkflowExecutionStatus.RUNNING
+
+
+async def is_known(connected: Client, run_id: str) -> bool:
+    """Whether the server has any execution, running or ended, under the run's id."""
+    return await _status(connected, run_id) is not None
+
+
+async def _status(connected: Client, run_id: str) -> WorkflowExecutionStatus | None:
     try:
         description = await connected.get_workflow_handle(run_id).describe()
     except RPCError as error:
         if error.status is RPCStatusCode.NOT_FOUND:
-            return True
+            return None
         raise _unavailable(connected, error) from error
-    return description.status is not WorkflowExecutionStatus.RUNNING
+    return description.status
 
 
 async def no_worker(connected: Client, run_id: str, waited: float) -> EsperError:

@@ -27,9 +27,6 @@ from esper.commands.actions.versions import check_version
 from esper.commands.views import summary
 from esper.contracts.config import EsperConfig
 from esper.contracts.enums import Outcome
-from esper.contracts.messages import Answer
-from esper.contracts.messages import Payload
-from esper.contracts.messages import Resume
 from esper.contracts.orders import CodeLocation
 from esper.contracts.orders import RunRecord
 from esper.contracts.orders import TrainingRequest
@@ -40,7 +37,6 @@ from esper.runtime.configuration import check_current_folder
 from esper.runtime.configuration import check_run_id
 from esper.runtime.configuration import list_quick_starts
 from esper.runtime.configuration import load_config
-from esper.runtime.run_document import ENDED
 from esper.runtime.run_document import RunView
 from esper.runtime.run_document import check_output_folder
 from esper.runtime.run_document import document_json
@@ -175,7 +171,7 @@ def start(prepared: Prepared, *, detach: bool, as_json: bool) -> int:
     """Start the run and stay until it ends, or until Ctrl-C, which leaves it running."""
     quiet = as_json and not sys.stderr.isatty()
     asyncio.run(_check_places(prepared))
-    _ensure_stack(prepared.config, quiet=quiet)
+    ensure_stack(prepared.config, quiet=quiet)
     begun = asyncio.Event()
     with ExitStack() as stack:
         try:
@@ -221,7 +217,7 @@ async def _start(prepared: Prepared, stack: ExitStack, begun: asyncio.Event, *, 
         return view
 
 
-def _ensure_stack(config: EsperConfig, *, quiet: bool) -> None:
+def ensure_stack(config: EsperConfig, *, quiet: bool) -> None:
     """The local stack is started when nobody names a server; not in an event loop, so that Ctrl-C ends it."""
     if not connections.is_local(config):
         return
@@ -280,56 +276,6 @@ async def wait_for_row(client: Client, library: Library, run_id: str) -> RunReco
         await asyncio.sleep(ROW_INTERVAL)
 
 
-def resume(run_id: str) -> dict[str, object]:
-    """Continue a paused run by its update, an ended one by a new execution from its head.
-
-    Raises `NotFoundError` (ESP-505), `RunConflict` (ESP-502 completed, ESP-504 neither paused nor ended).
-    """
-    record = asyncio.run(records.one_record(run_id))
-    if record.outcome is Outcome.COMPLETED:
-        raise RunConflict(
-            "ESP-502",
-            f"run {run_id} has completed: nothing is left to resume",
-            hint="Start another run with a larger run.max_epochs",
-            run_id=run_id,
-        )
-    _ensure_stack(record.config, quiet=False)
-    return asyncio.run(_resume(record))
-
-
-async def _resume(record: RunRecord) -> dict[str, object]:
-    run_id = record.run_id
-    client = await connections.client(record.config.temporal)
-    if record.outcome not in ENDED and not await connections.is_closed(client, run_id):
-        return await connections.execute_update(client, run_id, "resume", Resume())
-    request = TrainingRequest(
-        run_id=run_id,
-        config=record.config,
-        code=code_location(),
-        expected_head=record.head.digest if record.head is not None else None,
-    )
-    await start_workflow(client, request, WorkflowIDReusePolicy.ALLOW_DUPLICATE)
-    if record.outcome in ENDED:
-        async with connections.opened_library(record.config.urza) as library:
-            await _until_running(client, library, run_id)
-    answer = Answer(run_id=run_id, message=f"{run_id} goes on from epoch {record.epochs}, step {record.steps}")
-    return answer.model_dump(mode="json")
-
-
-async def update(run_id: str, name: str, payload: Payload) -> dict[str, object]:
-    """Send one update to a running run and return its answer. Raises `RunConflict` (ESP-504), `NotFoundError`."""
-    record = await records.one_record(run_id)
-    client = await connections.client(record.config.temporal)
-    if record.outcome in ENDED or await connections.is_closed(client, run_id):
-        raise RunConflict(
-            "ESP-504",
-            f"run {run_id} has ended ({record.outcome.value}): {name} changes nothing",
-            hint=f"`esper-cli resume {run_id}` continues it" if record.outcome is not Outcome.COMPLETED else None,
-            run_id=run_id,
-        )
-    return await connections.execute_update(client, run_id, name, payload)
-
-
 async def _check_places(prepared: Prepared) -> None:
     """Before a stack is started for nothing: a database or store that cannot be used, an id that is taken."""
     # The stack itself migrates the database of the home.
@@ -362,12 +308,3 @@ async def _refuse_existing(library: Library, run_id: str) -> None:
         hint=hint,
         run_id=run_id,
     )
-
-
-async def _until_running(client: Client, library: Library, run_id: str) -> None:
-    """Until the resumed run is recorded as running: `watch` would else show the end of the former execution."""
-    deadline = asyncio.get_running_loop().time() + ROW_TIMEOUT
-    while (await library.run(run_id)).outcome in ENDED and asyncio.get_running_loop().time() < deadline:
-        if await connections.is_closed(client, run_id):
-            return
-        await asyncio.sleep(ROW_INTERVAL)
