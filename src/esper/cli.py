@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import typer
 
+from esper.commands import collection
 from esper.commands import configuration
 from esper.commands import control
 from esper.commands import database
@@ -75,6 +76,7 @@ app.command("pin")(control.pin)
 app.command("cull")(control.cull)
 app.add_typer(library.kernels, name="kernels")
 app.add_typer(library.blueprints, name="blueprints")
+app.command("gc")(collection.collect_garbage)
 app.command("up")(stack.up)
 app.command("down")(stack.down)
 app.command("worker")(stack.worker)

@@ -15,7 +15,7 @@ from esper.errors import by_code
 
 COMMANDS = [
     *("start-run", "watch", "list", "show", "seeds", "logs", "export", "history", "replay"),
-    *("pause", "resume", "recover", "reproduce", "stop", "adapt", "veto", "pin", "cull", "up", "down", "worker", "doctor"),
+    *("pause", "resume", "recover", "reproduce", "stop", "adapt", "veto", "pin", "cull", "gc", "up", "down", "worker", "doctor"),
     *("kernels", "blueprints", "config", "db"),
 ]
 GROUPS = {

@@ -152,6 +152,19 @@ def test_deleting_twice_is_deleting_once(place):
         assert not place.store.exists(ref)
 
 
+def test_objects_are_listed_with_their_age_and_only_old_ones_go(place):
+    refs = {place.store.put(DATA), place.store.put(b"other")}
+    place.overwrite("sha256/not-a-digest", b"foreign")
+    listed = list(place.store.objects())
+    assert {each.ref for each in listed} == refs
+    assert all(-5.0 < each.age_s < 3600.0 for each in listed)
+    young, *_ = refs
+    assert not place.store.delete_older(young, 3600.0)
+    assert place.store.exists(young)
+    assert place.store.delete_older(young, -3600.0)
+    assert not place.store.exists(young) and not place.store.delete_older(young, -3600.0)
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=2000), position=st.integers(0, 10_000), bit=st.integers(0, 7))
 def test_any_flipped_bit_is_refused(tmp_path, data, position, bit):

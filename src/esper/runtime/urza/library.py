@@ -30,6 +30,7 @@ from esper.contracts.orders import RunRecord
 from esper.runtime.urza import decisions
 from esper.runtime.urza import kernels
 from esper.runtime.urza import ledger
+from esper.runtime.urza import retention
 from esper.runtime.urza import runs
 from esper.runtime.urza.decisions import StoredHistory
 from esper.runtime.urza.engine import describe
@@ -41,6 +42,7 @@ from esper.runtime.urza.ledger import CommittedHead
 from esper.runtime.urza.ledger import Rewind
 from esper.runtime.urza.ledger import RunLedger
 from esper.runtime.urza.migration import require_current
+from esper.runtime.urza.retention import Needed
 
 
 class Library:
@@ -187,6 +189,11 @@ class Library:
         """The reports of the epochs after `after_epoch`, by epoch."""
         async with reading(self._engine) as connection:
             return await ledger.reports(connection, run_id, after_epoch)
+
+    async def needed(self) -> Needed:
+        """What garbage collection must leave alone, for all runs at one moment."""
+        async with reading(self._engine) as connection:
+            return await retention.needed(connection)
 
     # Decisions, adaptations, judgements, histories
 

@@ -7,17 +7,31 @@ every read. So writing twice is writing once, and nobody ever gets bytes other t
 import errno
 import hashlib
 import os
+import re
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from esper.contracts.assets import ArtifactRef
 from esper.errors import IntegrityError
 from esper.errors import ObjectsUnavailable
+from esper.runtime.atomic_file import sync_folder
+from esper.runtime.atomic_file import write_atomically
 
 ENDPOINT_VARIABLE = "ESPER_S3_ENDPOINT_URL"
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """An object as it lies there. `age_s`: seconds since it was last put, by the clock of the store."""
+
+    ref: ArtifactRef
+    age_s: float
 
 
 class ObjectStore(Protocol):
@@ -27,7 +41,7 @@ class ObjectStore(Protocol):
     """
 
     def put(self, data: bytes) -> ArtifactRef:
-        """Store `data` under its digest unless it is there already; durable when this returns."""
+        """Store `data` under its digest unless it is there already; durable when this returns, and young again."""
         ...
 
     def get(self, ref: ArtifactRef) -> bytes:
@@ -40,6 +54,14 @@ class ObjectStore(Protocol):
 
     def delete(self, ref: ArtifactRef) -> None:
         """Remove the object; a missing one is no error."""
+        ...
+
+    def objects(self) -> Iterator[StoredObject]:
+        """Every object that lies in the store, in no particular order."""
+        ...
+
+    def delete_older(self, ref: ArtifactRef, age_s: float) -> bool:
+        """Remove the object if it was not put in the last `age_s` seconds, and say whether it went."""
         ...
 
     def describe(self) -> str:
@@ -89,6 +111,10 @@ _DAMAGE_HINT = "Restore it from a copy; a run goes on from its last whole checkp
 _MISSING_HINT = "Check that `urza.objects` names the store that the run wrote to"
 
 
+ASIDE_S = 0.02
+"""Seconds after which a file that garbage collection only looked at is surely back."""
+
+
 class FolderStore:
     """Objects as plain files ``<folder>/sha256/<hex>``. The folder is made at the first `put`."""
 
@@ -100,24 +126,32 @@ class FolderStore:
         path = self._path(ref)
         with self._explained("write", ref):
             # A damaged object is healed here: the right bytes are at hand, and nothing else may bear this name.
-            if not _holds(path, data):
+            if not (_holds(path, data) and _made_young(path)):
                 if not path.parent.is_dir():
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    _sync_folder(path.parent.parent)
-                _write_atomically(path, data)
+                    sync_folder(path.parent.parent)
+                write_atomically(path, data)
         return ref
 
     def get(self, ref: ArtifactRef) -> bytes:
         with self._explained("read", ref):
             try:
-                with self._path(ref).open("rb") as file:
-                    size = os.fstat(file.fileno()).st_size
-                    if size != ref.size_bytes:
-                        raise wrong_size(ref, size, self.describe())
-                    data = file.read()
+                data = self._read(ref)
             except FileNotFoundError:
-                raise missing(ref, self.describe()) from None
+                # `delete_older` may have laid it aside for a blink, to see whether somebody has put it again.
+                time.sleep(ASIDE_S)
+                try:
+                    data = self._read(ref)
+                except FileNotFoundError:
+                    raise missing(ref, self.describe()) from None
         return verified(data, ref, self.describe())
+
+    def _read(self, ref: ArtifactRef) -> bytes:
+        with self._path(ref).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != ref.size_bytes:
+                raise wrong_size(ref, size, self.describe())
+            return file.read()
 
     def exists(self, ref: ArtifactRef) -> bool:
         with self._explained("look up", ref):
@@ -126,6 +160,30 @@ class FolderStore:
     def delete(self, ref: ArtifactRef) -> None:
         with self._explained("delete", ref):
             self._path(ref).unlink(missing_ok=True)
+
+    def objects(self) -> Iterator[StoredObject]:
+        now = time.time()
+        for path in (self._folder / "sha256").glob("*"):
+            if re.fullmatch(r"[0-9a-f]{64}", path.name):
+                with suppress(FileNotFoundError):
+                    found = path.stat()
+                    ref = ArtifactRef(digest=f"sha256:{path.name}", size_bytes=found.st_size)
+                    yield StoredObject(ref, now - found.st_mtime)
+
+    def delete_older(self, ref: ArtifactRef, age_s: float) -> bool:
+        path = self._path(ref)
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.collected")
+        with self._explained("delete", ref), suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime < age_s:
+                return False
+            # Whoever puts it from here on finds no file and writes one; whoever did so just before made this one young.
+            path.rename(aside)
+            if time.time() - aside.stat().st_mtime < age_s:
+                aside.replace(path)
+                return False
+            aside.unlink()
+            return True
+        return False
 
     def describe(self) -> str:
         return str(self._folder)
@@ -151,31 +209,17 @@ def _folder_error(error: OSError, operation: str, ref: ArtifactRef, folder: Path
     return ObjectsUnavailable("ESP-321", what, hint="Check the folder, or set `urza.objects` to another place")
 
 
+def _made_young(path: Path) -> bool:
+    """Whether the file is there still: garbage collection leaves alone what is young from now on."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def _holds(path: Path, data: bytes) -> bool:
     try:
         return path.stat().st_size == len(data) and path.read_bytes() == data
     except FileNotFoundError:
         return False
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Whole or not at all, also when the power fails; two writers of one object write the same bytes."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    try:
-        with partial.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,8 +8,12 @@ import math
 import re
 import threading
 from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import closing
 from contextlib import contextmanager
+from datetime import UTC
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -29,6 +33,7 @@ from esper.errors import ConfigurationError
 from esper.errors import EsperError
 from esper.errors import ObjectsUnavailable
 from esper.runtime.urza.objects import ENDPOINT_VARIABLE
+from esper.runtime.urza.objects import StoredObject
 from esper.runtime.urza.objects import missing
 from esper.runtime.urza.objects import object_key
 from esper.runtime.urza.objects import reference
@@ -43,6 +48,11 @@ PART_BYTES = 32 * 2**20
 ATTEMPTS = 4
 """Tries of what boto3 itself does not try again: a body that breaks off, a put that meets another put."""
 
+YOUNG_S = 3600.0
+"""A put finds its object there: if that is older than this, it is written again, as garbage collection spares the
+young."""
+
+_HEX = re.compile(r"[0-9a-f]{64}")
 _BUCKET = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{1,254}$")
 _TAKEN = {"PreconditionFailed", "412"}
 _RACING = {"ConditionalRequestConflict", "409"}
@@ -111,6 +121,25 @@ class S3Store:
         with self._explained("DeleteObject"):
             self._client.delete_object(Bucket=self._bucket, Key=self._key(ref))
 
+    def objects(self) -> Iterator[StoredObject]:
+        prefix = f"{self._prefix}/sha256/" if self._prefix else "sha256/"
+        with self._explained("ListObjectsV2"):
+            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix):
+                for item in page.get("Contents", ()):
+                    name = item["Key"].removeprefix(prefix)
+                    if _HEX.fullmatch(name):
+                        ref = ArtifactRef(digest=f"sha256:{name}", size_bytes=int(item["Size"]))
+                        yield StoredObject(ref, _age(page, item["LastModified"]))
+
+    def delete_older(self, ref: ArtifactRef, age_s: float) -> bool:
+        """As the protocol says, in two requests: a put between them is lost, so let `age_s` be hours."""
+        with self._explained("DeleteObject"):
+            found = self._head(ref)
+            if found is None or found.age_s < age_s:
+                return False
+        self.delete(ref)
+        return True
+
     def describe(self) -> str:
         place = f"s3://{self._bucket}/{self._prefix}" if self._prefix else f"s3://{self._bucket}"
         return f"{place} at {self._endpoint}"
@@ -144,14 +173,23 @@ class S3Store:
                 self._client.abort_multipart_upload(**upload)
 
     def _heal(self, ref: ArtifactRef, data: bytes) -> None:
-        """The key is taken: by these bytes, unless somebody truncated them; then the right ones go there."""
-        size = self._stored_size(ref)
-        if size is not None and size != ref.size_bytes:
+        """The key is taken: by these bytes, unless somebody truncated them. Those, and old ones that garbage
+        collection might take, are written again."""
+        found = self._head(ref)
+        if found is not None and (found.ref.size_bytes != ref.size_bytes or found.age_s > YOUNG_S):
             self._write(ref, data, {})
 
     def _stored_size(self, ref: ArtifactRef) -> int | None:
+        found = self._head(ref)
+        return None if found is None else found.ref.size_bytes
+
+    def _head(self, ref: ArtifactRef) -> StoredObject | None:
         try:
-            return int(self._client.head_object(Bucket=self._bucket, Key=self._key(ref))["ContentLength"])
+            answer = self._client.head_object(Bucket=self._bucket, Key=self._key(ref))
+            size = int(answer["ContentLength"])
+            return StoredObject(
+                ArtifactRef(digest=ref.digest, size_bytes=size), _age(answer, answer.get("LastModified"))
+            )
         except ClientError as error:
             # A HEAD has no body, so a missing bucket looks like a missing key: ask for the bucket itself.
             if _code(error) not in _NO_KEY:
@@ -185,6 +223,16 @@ class S3Store:
             raise
         except (ClientError, BotoCoreError, OSError) as error:
             raise _unavailable(error, operation, self._bucket, self._endpoint) from error
+
+
+def _age(answer: Mapping[str, Any], modified: datetime | None) -> float:
+    """Seconds since `modified`, by the clock of the server that both times come from. Where a server does not say,
+    its objects are always young: never collected."""
+    if modified is None:
+        return 0.0
+    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+    now = parsedate_to_datetime(date) if date else datetime.now(UTC)
+    return (now - modified).total_seconds()
 
 
 def _code(error: ClientError) -> str:

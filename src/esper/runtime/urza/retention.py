@@ -1,0 +1,105 @@
+"""What must stay: every reference that a record of any run still needs, read from the tables.
+
+Kept of a run's heads are the last two on the line of its present head, the last two that were committed, and the head
+that each decision other than WAIT was taken on. What lies between two kept heads can be trained again from the
+records. Everything else that a record names is kept while the record is: kernels and certificates, output files,
+histories, and the site samples of decisions that may still be built.
+"""
+
+import re
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from esper.contracts.assets import ArtifactRef
+from esper.contracts.enums import DecisionKind
+from esper.runtime.urza import ledger
+from esper.runtime.urza.ledger import CommittedHead
+from esper.runtime.urza.tables import decisions as decision_table
+from esper.runtime.urza.tables import facts as fact_table
+from esper.runtime.urza.tables import histories as history_table
+from esper.runtime.urza.tables import kernels as kernel_table
+from esper.runtime.urza.tables import runs as run_table
+
+KEPT_HEADS = 2
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Needed:
+    """`digests` are named by records. `kept` are the checkpoint manifests that stay; what they name stays too, and
+    where that is one of `manifests` (the start of a graft on probation is an older head), what that one names."""
+
+    digests: frozenset[str]
+    kept: frozenset[str]
+    manifests: Mapping[str, ArtifactRef]
+    """Every checkpoint manifest of every run, by digest."""
+
+
+async def needed(connection: AsyncConnection) -> Needed:
+    """What must stay, read in one transaction."""
+    digests: set[str] = set()
+    kept: set[str] = set()
+    manifests: dict[str, ArtifactRef] = {}
+    runs = (await connection.execute(select(run_table.c.run_id, run_table.c.head, run_table.c.finished))).all()
+    for run in runs:
+        committed = await ledger.heads(connection, run.run_id)
+        manifests |= {item.head.digest: item.manifest for item in committed}
+        kept |= _last_heads(committed, run.head) | await _decided_on(connection, run.run_id)
+        if run.finished is not None:
+            digests |= {ref.digest for ref in run.finished.files.values()}
+        digests |= await _samples(connection, run.run_id)
+    for fact in (await connection.execute(select(fact_table.c.fact))).scalars():
+        digests |= set(references_in(fact.model_dump(mode="json")))
+    for kernel in (await connection.execute(select(kernel_table.c.kernel))).scalars():
+        digests |= set(references_in(kernel.model_dump(mode="json")))
+    digests |= set((await connection.execute(select(history_table.c.digest))).scalars())
+    return Needed(frozenset(digests | kept), frozenset(kept & manifests.keys()), manifests)
+
+
+def references_in(document: object) -> Iterator[str]:
+    """Every digest that a JSON document has as a value anywhere in it."""
+    if isinstance(document, str):
+        if _DIGEST.fullmatch(document):
+            yield document
+    elif isinstance(document, dict):
+        for value in document.values():
+            yield from references_in(value)
+    elif isinstance(document, list | tuple):
+        for value in document:
+            yield from references_in(value)
+
+
+def _last_heads(committed: Sequence[CommittedHead], current: str | None) -> set[str]:
+    by_digest = {item.head.digest: item for item in committed}
+    kept = {item.head.digest for item in committed[-KEPT_HEADS:]}
+    for _ in range(KEPT_HEADS):
+        if current in by_digest:
+            kept.add(current)
+            current = by_digest[current].head.parent
+    return kept
+
+
+async def _decided_on(connection: AsyncConnection, run_id: str) -> set[str]:
+    """The heads of the epochs after which something other than WAIT was decided."""
+    epochs = await _ordered_epochs(connection, run_id)
+    return {report.head.digest for report in await ledger.reports(connection, run_id, 0) if report.epoch in epochs}
+
+
+async def _ordered_epochs(connection: AsyncConnection, run_id: str) -> set[int]:
+    query = select(decision_table.c.decision).where(decision_table.c.run_id == run_id)
+    decided = (await connection.execute(query)).scalars()
+    return {decision.epoch for decision in decided if decision.kind is not DecisionKind.WAIT}
+
+
+async def _samples(connection: AsyncConnection, run_id: str) -> set[str]:
+    """Site samples that a build may still ask for: those of orders, and of epochs that may not be decided on yet."""
+    epochs = await _ordered_epochs(connection, run_id)
+    reports = await ledger.reports(connection, run_id, 0)
+    kept = [report for index, report in enumerate(reports) if report.epoch in epochs or index >= len(reports) - 2]
+    return {report.site_samples.digest for report in kept if report.site_samples is not None}
