@@ -14,8 +14,10 @@ from esper.errors import RunConflict
 from esper.errors import by_code
 
 COMMANDS = [
-    *("start-run", "watch", "list", "show", "seeds", "logs", "export", "history", "replay"),
-    *("pause", "resume", "recover", "reproduce", "stop", "adapt", "veto", "pin", "cull", "gc", "up", "down", "worker", "doctor"),
+    *("start-run", "watch", "list", "show", "seeds", "logs", "export"),
+    *("history", "replay", "reproduce", "what-if"),
+    *("pause", "resume", "recover", "stop", "adapt", "veto", "pin", "cull"),
+    *("gc", "up", "down", "worker", "doctor"),
     *("kernels", "blueprints", "config", "db"),
 ]
 GROUPS = {

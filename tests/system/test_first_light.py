@@ -136,8 +136,22 @@ def test_a_lost_temporal_database_costs_no_bit(grown: dict[str, Any], tmp_path: 
     assert recovered["divergences"] == 0
 
 
+def test_another_decision_is_supposed_without_training(grown: dict[str, Any], stack: LocalStack) -> None:
+    epoch = next(a["epoch"] for a in grown["adaptations"])
+    supposed = stack.ok("what-if", "digits-1", "--epoch", str(epoch), "--decision", "wait", "--json").document
+    assert supposed["recorded"]["kind"] == "germinate" and supposed["supposed"]["kind"] == "wait"
+    assert "/tezzeret/" in supposed["first_difference"]["recorded"]["what"]
+    grow = stack.ok("what-if", "digits-1", "--epoch", "1", "--decision", "layers.2:bottleneck", "--json").document
+    ordered = grow["first_difference"]["would_be"]
+    assert ordered["argument"]["adaptation"]["site"] == "layers.2" and "/tezzeret/" in ordered["what"]
+    assert stack.run("what-if", "digits-1", "--epoch", "999", "--decision", "wait").code == 6
+    assert stack.run("what-if", "digits-1", "--epoch", "1", "--decision", "nowhere:bottleneck").code == 2
+
+
 @pytest.mark.parametrize("run_id", ["digits-1", "digits-killed"])
-def test_records_alone_reproduce_the_run_without_temporal(grown: dict[str, Any], stack: LocalStack, run_id: str) -> None:
+def test_records_alone_reproduce_the_run_without_temporal(
+    grown: dict[str, Any], stack: LocalStack, run_id: str
+) -> None:
     nowhere = LocalStack(stack.home, TEMPORAL_ADDRESS="127.0.0.1:1")
     reproduced = nowhere.ok("reproduce", run_id, "--json").document
     assert reproduced["clean"]

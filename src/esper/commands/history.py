@@ -1,5 +1,5 @@
 """What a run decided and why (`history`), whether its workflow still replays (`replay`) and its training too
-(`reproduce`)."""
+(`reproduce`), and what another decision would have ordered (`what-if`)."""
 
 from typing import Annotated
 
@@ -44,3 +44,18 @@ def reproduce(run: options.RunArgument, as_json: options.JsonFlag = False) -> in
     from esper.commands.actions import reproducing
 
     return reproducing.reproduce_run(run, as_json=as_json)
+
+
+def what_if(
+    run: options.RunArgument,
+    epoch: options.EpochOption,
+    decision: options.DecisionOption,
+    as_json: options.JsonFlag = False,
+) -> int:
+    """Exchange one decision in the run's history and print the first command that would have been another."""
+    from esper.commands.actions import supposing
+    from esper.contracts.messages import RequestAdaptation
+
+    chosen = options.parse_decision(decision)
+    wanted = None if chosen is None else RequestAdaptation(site=chosen[0], blueprint=chosen[1])
+    return supposing.suppose(run, epoch, wanted, as_json=as_json)

@@ -24,6 +24,10 @@ DatabaseOption = Annotated[
     str | None,
     typer.Option("--database", metavar="URL", help="The Urza database (default: that of ESPER_HOME)."),
 ]
+DecisionOption = Annotated[
+    str, typer.Option("--decision", metavar="wait|SITE:BLUEPRINT", help="What is decided on that epoch instead.")
+]
+EpochOption = Annotated[int, typer.Option("--epoch", metavar="N", min=1, help="The epoch that was decided on.")]
 OutputOption = Annotated[str | None, typer.Option("--output", metavar="DIR", help="Default: results/<run id>.")]
 
 
@@ -37,6 +41,18 @@ def parse_adaptation_id(run: str, text: str) -> str:
             hint=f"`esper-cli history {run}` lists them",
         )
     return full
+
+
+def parse_decision(text: str) -> tuple[str, str] | None:
+    """`SITE:BLUEPRINT` as a pair, `wait` as None. Raises `ConfigurationError` (ESP-209) for anything else."""
+    if text == "wait":
+        return None
+    site, colon, blueprint = text.rpartition(":")
+    if not colon or not site or not blueprint:
+        raise ConfigurationError(
+            "ESP-209", f"decision {text!r} is neither wait nor SITE:BLUEPRINT", hint="Write layers.0:bottleneck"
+        )
+    return site, blueprint
 
 
 def parse_hyperparameters(values: list[str]) -> dict[str, int | float | str | bool]:

@@ -38,10 +38,15 @@ async def replay(target: str) -> list[ReplayReport]:
     elif "/" in target or target.endswith(".json"):
         raise ConfigurationError("ESP-201", f"history {target!r}: no such file")
     else:
-        async with connections.library() as library:
-            view = await records.look(records.require(library, target), target, None)
-            histories = await _histories(records.require(library, target), view)
+        histories = await run_histories(target)
     return [await replay_history(history, WORKFLOWS) for history in histories]
+
+
+async def run_histories(run_id: str) -> list[str]:
+    """Every stored history of a run and its children, as JSON. Raises `NotFoundError` (ESP-505)."""
+    async with connections.library() as library:
+        view = await records.look(records.require(library, run_id), run_id, None)
+        return await _histories(records.require(library, run_id), view)
 
 
 def write_reports(reports: list[ReplayReport], *, as_json: bool) -> int:

@@ -1,13 +1,20 @@
 """Replays a workflow's stored history on the present code: clean, or the first divergence by event."""
 
 import asyncio
+import functools
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from temporalio.client import WorkflowHistory
+from temporalio.runtime import LogForwardingConfig
+from temporalio.runtime import LoggingConfig
+from temporalio.runtime import Runtime
+from temporalio.runtime import TelemetryConfig
+from temporalio.runtime import TelemetryFilter
 from temporalio.worker import Replayer
 from temporalio.workflow import NondeterminismError
 
@@ -58,8 +65,17 @@ async def replay_history(history: str | dict[str, Any], workflows: Sequence[type
 
 async def _failure(workflow_id: str, events: list[dict[str, Any]], workflows: Sequence[type]) -> Exception | None:
     history = WorkflowHistory.from_json(workflow_id, {"events": events})
-    replayer = Replayer(workflows=workflows, plugins=[EsperPlugin()])
+    replayer = Replayer(workflows=workflows, plugins=[EsperPlugin()], runtime=quiet_runtime())
     return (await replayer.replay_workflow(history, raise_on_replay_failure=False)).replay_failure
+
+
+@functools.cache
+def quiet_runtime() -> Runtime:
+    """The SDK's core with its log lines in Python's logging: by itself it prints a warning for every divergence on
+    stdout, where `--json` puts one document and nothing else."""
+    lines = LogForwardingConfig(logger=logging.getLogger("temporalio.core"))
+    filtered = TelemetryFilter(core_level="WARN", other_level="ERROR")
+    return Runtime(telemetry=TelemetryConfig(logging=LoggingConfig(filter=filtered, forwarding=lines)))
 
 
 async def _first_divergence(workflow_id: str, events: list[dict[str, Any]], workflows: Sequence[type]) -> int | None:

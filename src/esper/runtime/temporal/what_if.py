@@ -1,0 +1,157 @@
+"""What a run's workflow would have ordered had one decision been another: the edited history, replayed on the code.
+
+Nothing is trained and no server is needed. The result of the decision's child workflow is exchanged in a copy of the
+history; replaying it records every command that the workflow gives, up to the first one that the history does not
+have: from there on the past is another, and nobody knows how it would have gone on.
+"""
+
+import base64
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+from temporalio.client import WorkflowHistory
+from temporalio.worker import ContinueAsNewInput
+from temporalio.worker import Interceptor
+from temporalio.worker import Replayer
+from temporalio.worker import StartActivityInput
+from temporalio.worker import StartChildWorkflowInput
+from temporalio.worker import WorkflowInboundInterceptor
+from temporalio.worker import WorkflowInterceptorClassInput
+from temporalio.worker import WorkflowOutboundInterceptor
+from temporalio.workflow import ActivityHandle
+from temporalio.workflow import ChildWorkflowHandle
+
+from esper.contracts.operational import AdaptationDecision
+from esper.contracts.orders import DecisionRequest
+from esper.errors import NotFoundError
+from esper.runtime.temporal.plugin import EsperPlugin
+from esper.runtime.temporal.replay import parse_history
+from esper.runtime.temporal.replay import quiet_runtime
+
+
+@dataclass(frozen=True)
+class Command:
+    """One thing that a workflow orders. `what` names it for people; `argument` is what it is given, as JSON."""
+
+    kind: str
+    what: str
+    argument: Any
+
+
+@dataclass(frozen=True)
+class RecordedDecision:
+    """A decision in a history: what its child was asked, what it answered, and at which event."""
+
+    event_id: int
+    request: DecisionRequest
+    decision: AdaptationDecision
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first command that differs. None on one side: there nothing more was ordered."""
+
+    recorded: Command | None
+    would_be: Command | None
+
+
+def recorded_decision(history: str | dict[str, Any], epoch: int) -> RecordedDecision:
+    """The decision on one epoch as the run's history has it. Raises `NotFoundError` (ESP-505)."""
+    events = parse_history(history)["events"]
+    request = None
+    decided = []
+    for event in events:
+        started = event.get("startChildWorkflowExecutionInitiatedEventAttributes", {})
+        if str(started.get("workflowId", "")).endswith(f"/tamiyo/{epoch}"):
+            request = DecisionRequest.model_validate_json(_data(started["input"]))
+        completed = event.get("childWorkflowExecutionCompletedEventAttributes", {})
+        if request is not None and _is_decision(completed, epoch):
+            decision = AdaptationDecision.model_validate_json(_data(completed["result"]))
+            return RecordedDecision(int(event["eventId"]), request, decision)
+        if "childWorkflowExecutionCompletedEventAttributes" in event:
+            identity = completed.get("workflowExecution", {}).get("workflowId", "")
+            decided += [identity.rpartition("/")[2]] if "/tamiyo/" in identity else []
+    known = f"this history holds decisions on epochs {decided[0]} to {decided[-1]}" if decided else "it holds none"
+    raise NotFoundError("ESP-505", f"no decision on epoch {epoch} was taken: {known}")
+
+
+def with_decision(history: str | dict[str, Any], epoch: int, decision: AdaptationDecision) -> dict[str, Any]:
+    """A copy of the history in which that decision was taken."""
+    document = copy.deepcopy(parse_history(history))
+    for event in document["events"]:
+        completed = event.get("childWorkflowExecutionCompletedEventAttributes", {})
+        if _is_decision(completed, epoch):
+            data = base64.b64encode(decision.model_dump_json().encode()).decode()
+            completed["result"]["payloads"][0]["data"] = data
+    return document
+
+
+async def first_difference(
+    recorded: str | dict[str, Any], edited: str | dict[str, Any], workflows: Sequence[type]
+) -> Difference | None:
+    """The first command that the edited history leads to and the recorded one does not; None when there is none."""
+    before, after = await _commands(recorded, workflows), await _commands(edited, workflows)
+    for first, second in zip(before, after, strict=False):
+        if first != second:
+            return Difference(first, second)
+    if len(after) == len(before):
+        return None
+    longer = max(before, after, key=len)[min(len(before), len(after))]
+    return Difference(longer, None) if len(before) > len(after) else Difference(None, longer)
+
+
+async def _commands(history: str | dict[str, Any], workflows: Sequence[type]) -> list[Command]:
+    document = parse_history(history)
+    workflow_id = document["events"][0]["workflowExecutionStartedEventAttributes"]["workflowId"]
+    _Recorder.commands = []
+    replayer = Replayer(
+        workflows=workflows, plugins=[EsperPlugin()], interceptors=[_Recording()], runtime=quiet_runtime()
+    )
+    # An edited history fails to replay where it differs: that is what is looked for.
+    await replayer.replay_workflow(WorkflowHistory.from_json(workflow_id, document), raise_on_replay_failure=False)
+    return _Recorder.commands
+
+
+class _Recording(Interceptor):
+    def workflow_interceptor_class(
+        self, input: WorkflowInterceptorClassInput
+    ) -> type[WorkflowInboundInterceptor] | None:
+        return _Inbound
+
+
+class _Inbound(WorkflowInboundInterceptor):
+    def init(self, outbound: WorkflowOutboundInterceptor) -> None:
+        super().init(_Recorder(outbound))
+
+
+class _Recorder(WorkflowOutboundInterceptor):
+    commands: list[Command] = []  # noqa: RUF012 - one replay at a time, and the sandbox shares this module
+
+    def start_activity(self, input: StartActivityInput) -> ActivityHandle[Any]:
+        self.commands.append(Command("activity", f"{input.activity} ({input.summary})", _plain(input.args)))
+        return super().start_activity(input)
+
+    async def start_child_workflow(self, input: StartChildWorkflowInput) -> ChildWorkflowHandle[Any, Any]:
+        self.commands.append(Command("child workflow", input.id, _plain(input.args)))
+        return await super().start_child_workflow(input)
+
+    def continue_as_new(self, input: ContinueAsNewInput) -> Any:
+        self.commands.append(Command("continue as new", "", _plain(input.args)))
+        return super().continue_as_new(input)
+
+
+def _plain(arguments: Sequence[Any]) -> Any:
+    (argument,) = arguments if len(arguments) == 1 else (list(arguments),)
+    return argument.model_dump(mode="json") if isinstance(argument, BaseModel) else argument
+
+
+def _is_decision(completed: dict[str, Any], epoch: int) -> bool:
+    return str(completed.get("workflowExecution", {}).get("workflowId", "")).endswith(f"/tamiyo/{epoch}")
+
+
+def _data(payloads: dict[str, Any]) -> bytes:
+    return base64.b64decode(json.loads(json.dumps(payloads))["payloads"][0]["data"])
