@@ -30,7 +30,7 @@ from esper.contracts.orders import EpochRequest
 from esper.contracts.orders import Lease
 from esper.contracts.orders import RecordRun
 from esper.runtime.kasmina.cache import kernel_cache
-from esper.runtime.tezzeret.blueprints import site_contract_for
+from esper.runtime.tezzeret.blueprints.registry import site_contract_for
 from esper.runtime.tezzeret.build import build_kernel
 from esper.runtime.tezzeret.certify import certify
 from esper.runtime.tezzeret.samples import samples_for

@@ -5,6 +5,7 @@ all arms alike. A second copy of the baseline among the arms shows what such a r
 """
 
 import gc
+import math
 import random
 import statistics
 import time
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Spread:
-    """The middle half of some numbers: quartiles around the median."""
+    """Some numbers by three: a median between the ends of the middle half, or of its confidence interval."""
 
     low: float
     median: float
@@ -35,6 +36,24 @@ def spread(values: Sequence[float]) -> Spread:
         return Spread(values[0], values[0], values[0], 1)
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return Spread(low, median, high, len(values))
+
+
+def median_interval(values: Sequence[float]) -> Spread:
+    """The median and its 95 % confidence interval by order statistics (of few values: all of them).
+
+    This is what a goal is held against; `spread` shows how much single values differ.
+    """
+    ordered = sorted(values)
+    count = len(ordered)
+    outside = max(0, math.floor(count / 2 - 0.98 * math.sqrt(count)))
+    return Spread(ordered[outside], statistics.median(ordered), ordered[count - 1 - outside], count)
+
+
+def verdict(found: Spread, goal: float) -> str:
+    """Whether a median is at most `goal`; `open` when it is above and its interval reaches down to the goal."""
+    if found.median <= goal:
+        return "met"
+    return "open" if found.low <= goal else "missed"
 
 
 @contextmanager
@@ -78,6 +97,11 @@ def alternate(
     return seconds
 
 
+def ratios(seconds: Mapping[str, Sequence[float]], arm: str, baseline: str) -> list[float]:
+    """Of two arms, round by round."""
+    return [a / b for a, b in zip(seconds[arm], seconds[baseline], strict=True)]
+
+
 def ratio(seconds: Mapping[str, Sequence[float]], arm: str, baseline: str) -> Spread:
     """The ratio of two arms, round by round."""
-    return spread([a / b for a, b in zip(seconds[arm], seconds[baseline], strict=True)])
+    return spread(ratios(seconds, arm, baseline))

@@ -14,6 +14,7 @@ from .errors import IntegrityError as IntegrityError
 from .errors import LeaseLost as LeaseLost
 from .errors import NotFoundError as NotFoundError
 from .errors import ObjectsUnavailable as ObjectsUnavailable
+from .errors import PackageMissing as PackageMissing
 from .errors import RunConflict as RunConflict
 from .errors import RunFailed as RunFailed
 from .errors import SiteError as SiteError
@@ -22,6 +23,13 @@ from .errors import TemporalUnavailable as TemporalUnavailable
 from .errors import UnavailableError as UnavailableError
 from .errors import UsageError as UsageError
 from .runtime.kasmina.digest import weights_digest as weights_digest
+from .runtime.kasmina.exporting.export import Exported as Exported
+from .runtime.kasmina.exporting.export import export as export
+from .runtime.kasmina.exporting.verify import verify_export as verify_export
+from .runtime.kasmina.growing.average import AveragedModel as AveragedModel
+from .runtime.kasmina.growing.rollback import Snapshot as Snapshot
+from .runtime.kasmina.growing.rollback import rollback as rollback
+from .runtime.kasmina.growing.rollback import snapshot as snapshot
 from .runtime.kasmina.growth import Graft as Graft
 from .runtime.kasmina.growth import cull as cull
 from .runtime.kasmina.growth import fossilize as fossilize
@@ -31,10 +39,13 @@ from .runtime.kasmina.keeping.persistence import save as save
 from .runtime.kasmina.keeping.unwrap import unwrap as unwrap
 from .runtime.kasmina.layer import KasminaLayer as KasminaLayer
 from .runtime.kasmina.model import wrap as wrap
+from .runtime.kasmina.replicas import grow_replicas as grow_replicas
 from .runtime.kasmina.status import ModelStatus as ModelStatus
 from .runtime.kasmina.status import SeedStatus as SeedStatus
 from .runtime.kasmina.status import SiteStatus as SiteStatus
 from .runtime.kasmina.status import status as status
+from .runtime.kasmina.suggest import Suggestion as Suggestion
+from .runtime.kasmina.suggest import suggest as suggest
 from .runtime.kasmina.wrapping.morphable import MorphableModel as MorphableModel
 from .runtime.kasmina.wrapping.morphable import dormant as dormant
 from .runtime.tolaria.tasks import Task as Task

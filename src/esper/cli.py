@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import typer
 
+from esper.commands import branching
 from esper.commands import collection
 from esper.commands import configuration
 from esper.commands import control
@@ -63,10 +64,12 @@ app.command("show")(runs.show)
 app.command("seeds")(runs.seeds)
 app.command("logs")(runs.logs)
 app.command("export")(runs.export)
+app.command("report")(runs.report)
 app.command("history")(history.history)
 app.command("replay")(history.replay)
 app.command("reproduce")(history.reproduce)
 app.command("what-if")(history.what_if)
+app.command("fork")(branching.fork)
 app.command("pause")(control.pause)
 app.command("resume")(control.resume)
 app.command("recover")(control.recover)

@@ -7,8 +7,8 @@
     │   ├── SiteError                  ESP-314       layers and sites
     │   ├── DeviceError                ESP-315       devices
     │   ├── DatasetError               ESP-340..345  data that cannot be trained on
-    │   ├── BlueprintError             ESP-410..427  blueprints, their IR and the limits of the forge
-    │   └── GrowthError                ESP-431..439  a graft, cull or fold that cannot be done
+    │   ├── BlueprintError             ESP-410..428  blueprints, their IR and the limits of the forge
+    │   └── GrowthError                ESP-431..440  a graft, cull or fold that cannot be done
     ├── UnavailableError      exit 3   a service cannot be reached or data cannot be had
     │   ├── TemporalUnavailable        ESP-301..307
     │   ├── ObjectsUnavailable         ESP-321..324
@@ -21,7 +21,8 @@
     │   └── LeaseLost                  ESP-503       another process owns the run now
     ├── NotFoundError         exit 6   ESP-430 kernels, ESP-505 runs
     ├── RunFailed             exit 1   ESP-601       the run itself failed; ESP-602 a fault of Esper's own
-    └── EnvironmentTooOld     exit 2   ESP-101       Python, torch or temporalio
+    ├── EnvironmentTooOld     exit 2   ESP-101       Python, torch or temporalio
+    └── PackageMissing        exit 2   ESP-102       an optional package that is not installed
 
 A message says what, where and why; `hint` says what to do. `code` is stable: tests and scripts may
 rely on it.
@@ -94,6 +95,10 @@ class EnvironmentTooOld(UsageError):
     pass
 
 
+class PackageMissing(UsageError):
+    pass
+
+
 class UnavailableError(EsperError):
     exit_code = 3
 
@@ -160,6 +165,7 @@ def by_name(name: str) -> type[EsperError] | None:
 
 _BY_RANGE: tuple[tuple[int, int, type[EsperError]], ...] = (
     (101, 101, EnvironmentTooOld),
+    (102, 102, PackageMissing),
     (200, 200, UsageError),
     (207, 207, DataUnavailable),
     (201, 214, ConfigurationError),
@@ -174,7 +180,7 @@ _BY_RANGE: tuple[tuple[int, int, type[EsperError]], ...] = (
     (401, 408, IntegrityError),
     (410, 429, BlueprintError),
     (430, 430, NotFoundError),
-    (431, 439, GrowthError),
+    (431, 440, GrowthError),
     (503, 503, LeaseLost),
     (501, 504, RunConflict),
     (505, 505, NotFoundError),

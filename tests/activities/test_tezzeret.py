@@ -113,6 +113,8 @@ def test_a_kernel_over_its_budget_is_refused(play: Play) -> None:
         activities = await forge(bench)
         with pytest.raises(BlueprintError):
             await bench.run(activities.build_kernel, order(bench, max_parameters=3))
+        with pytest.raises(BlueprintError, match="floating point operations"):
+            await bench.run(activities.build_kernel, order(bench, max_flops=3))
 
     play(scene)
 

@@ -36,7 +36,7 @@ def no_parameters():
     return make(model=nn.Sequential(nn.ReLU(), nn.Flatten()))
 
 def no_linear():
-    return make(model=nn.Sequential(nn.LayerNorm(8)))
+    return make(model=nn.Sequential(nn.PReLU()))
 
 def spoiled():
     train = data()
@@ -69,9 +69,8 @@ TARGETS = {
 }
 
 LAYERS = {
-    "row 17: no such target": ("kasmina.target_layers=[encodr]", "the model has: Linear, ReLU", "candidates: 0, 2"),
-    "row 17: no such class": ("kasmina.target_layers=[Lineer]", "the model has: Linear, ReLU", "candidates: 0, 2"),
-    "row 17: not supported": ("kasmina.target_layers=[ReLU]", "not supported, such as ReLU", "supported: Linear"),
+    "row 17: no such target": ("kasmina.target_layers=[encodr]", "the model has: Linear, ReLU", "candidates: 0, 1, 2"),
+    "row 17: no such class": ("kasmina.target_layers=[Lineer]", "the model has: Linear, ReLU", "candidates: 0, 1, 2"),
     "row 17: all excluded": ("kasmina.exclude=['*']", "no supported layer is left", "supported: Linear"),
     "row 17: a slip in exclude": ("kasmina.exclude=[encodr]", "exclude 'encodr' matches no layer", "candidates: 0, 2"),
 }

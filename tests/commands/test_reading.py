@@ -24,7 +24,7 @@ Record = Callable[..., Any]
 DOCUMENT_KEYS = {
     *("schema", "run_id", "workflow_id", "outcome", "epochs", "steps", "device", "threads", "restarts", "metrics"),
     *("parameters", "compute", "adaptations", "decisions", "missed", "stall_s", "divergences", "digest", "web_ui"),
-    *("output", "warnings", "error"),
+    *("output", "warnings", "error", "data_digest", "lineage"),
 }
 
 
@@ -261,9 +261,9 @@ def test_a_kernel_that_is_not_there(cli: Cli, record: Record, name: str, code: i
 
 def test_blueprints_are_listed_and_shown(cli: Cli) -> None:
     names = [entry["name"] for entry in cli("blueprints", "list", "--json").json]
-    assert names == ["bottleneck", "lowrank", "widen"]
-    assert cli("blueprints", "list").out.count("\n") == 3
-    assert cli("blueprints", "show", "widen", "--json").json["formula"] == "y2 += B act(A x1 + a)"
+    assert names == sorted(names) and {"attention", "bottleneck", "lowrank", "noop", "se_gate", "widen"} <= set(names)
+    assert cli("blueprints", "list").out.count("\n") == len(names)
+    assert cli("blueprints", "show", "widen", "--json").json["formula"].startswith("y2 += B ")
     wrong = cli("blueprints", "show", "wden", "--json")
     assert wrong.code == 2
     assert "widen" in wrong.error["hint"]

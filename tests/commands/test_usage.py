@@ -14,8 +14,8 @@ from esper.errors import RunConflict
 from esper.errors import by_code
 
 COMMANDS = [
-    *("start-run", "watch", "list", "show", "seeds", "logs", "export"),
-    *("history", "replay", "reproduce", "what-if"),
+    *("start-run", "watch", "list", "show", "seeds", "logs", "export", "report"),
+    *("history", "replay", "reproduce", "what-if", "fork"),
     *("pause", "resume", "recover", "stop", "adapt", "veto", "pin", "cull"),
     *("gc", "up", "down", "worker", "doctor"),
     *("kernels", "blueprints", "config", "db"),

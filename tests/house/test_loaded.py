@@ -51,4 +51,4 @@ def test_configuration_loads_no_service() -> None:
 
 
 def test_blueprints_are_known_without_torch() -> None:
-    assert loaded("import esper.runtime.tezzeret.blueprints") & (SERVICES | {"torch"}) == set()
+    assert loaded("import esper.runtime.tezzeret.blueprints.registry") & (SERVICES | {"torch"}) == set()

@@ -77,7 +77,7 @@ def test_wrapping_keeps_names_objects_types_and_random_state(zoo: Any, name: str
     for site in esper.status(model).sites:
         layer = model.get_submodule(site.name)
         assert isinstance(layer, esper.KasminaLayer)
-        assert isinstance(layer, nn.Linear | nn.Conv2d)
+        assert isinstance(layer, nn.Linear | nn.Conv2d | nn.BatchNorm2d)
         assert site.proven
 
 

@@ -318,22 +318,6 @@ def test_unwrapped_model_is_plain_and_computes_the_same(
     esper.wrap(plain)
 
 
-def test_unwrap_refuses_what_it_cannot_express_and_changes_nothing() -> None:
-    class Moody(nn.Linear):
-        def forward(self, input: torch.Tensor) -> torch.Tensor:
-            return super().forward(input) if input.sum() > -1e9 else input
-
-    x = torch.randn(3, 4)
-    model = esper.wrap(nn.Sequential(Moody(4, 4)), example_inputs=x)
-    esper.graft(model, "0", "bottleneck")
-    before = model(x)
-    with pytest.raises(esper.GrowthError, match="cannot be traced") as caught:
-        esper.unwrap(model)
-    assert caught.value.code == "ESP-438"
-    assert torch.equal(model(x), before)
-    assert esper.status(model).sites[0].seeds[0].state is SeedState.TRAINING
-
-
 PLAIN = """
     import torch
     from torch import nn

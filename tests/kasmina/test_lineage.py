@@ -1,14 +1,14 @@
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
 from torch import nn
-from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import esper
 from esper.contracts.operational import LayerGraph
-from esper.runtime.kasmina.growing.pairs import traced_pairs
 from esper.runtime.kasmina.lineage import layer_graph
 
 
@@ -97,17 +97,199 @@ def test_edges_of_an_mlp_carry_sizes_and_depths(zoo: Any) -> None:
 def test_edges_of_a_cnn_go_through_norm_and_dropout(zoo: Any) -> None:
     model, x = zoo.make("cnn")
     graph = graph_of(model, x)
-    assert edges(graph) == {("conv1", "conv2"), ("conv2", "head")}
-    contract = graph.nodes[1].contract
+    assert edges(graph) == {("conv1", "norm"), ("norm", "conv2"), ("conv2", "head")}
+    contract = graph.nodes[2].contract
     assert (contract.input_shape, contract.output_shape) == ((4, 8, 8), (4, 4, 4))
     assert contract.attributes["stride"] == [2, 2]
-    assert graph.nodes[1].flops_per_sample == 2 * 4 * 9 * 4 * 4 * 4
-    assert all(node.widen_output is None for node in graph.nodes)
+    assert graph.nodes[2].flops_per_sample == 2 * 4 * 9 * 4 * 4 * 4
+
+
+class DictInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Linear(4, 4)
+        self.right = nn.Linear(4, 4)
+        self.out = nn.Linear(4, 2)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"out": self.out(torch.relu(self.left(batch["a"])) + self.right(batch["b"]))}
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.a = nn.Linear(4, 4)
+        self.b = nn.Linear(4, 4)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def middle(h: Tensor) -> Tensor:
+            return torch.relu(self.b(torch.relu(self.a(h))))
+
+        return self.last(checkpoint(middle, torch.relu(self.first(x)), use_reentrant=False))
+
+
+class SkippingCnn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.down = nn.Conv2d(4, 6, 1, stride=2)
+        self.main = nn.Conv2d(4, 6, 3, stride=2, padding=1)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = x + self.conv(x)
+        x = self.main(x) + self.down(x)
+        return self.head(x.mean((2, 3)))
+
+
+class Numpy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.b = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        scale = float(numpy.abs(h.detach().numpy()).max())
+        return self.b(torch.relu(h) / scale)
+
+
+class Text(nn.Module):
+    """Embeddings, norms and attention as in a language model: ids come from no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(7, 4)
+        self.places = nn.Embedding(5, 4)
+        self.norm = nn.LayerNorm(4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.memory = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = (x > 0).long()
+        h = self.tokens(ids) + self.places(torch.arange(4)[None])
+        m = self.memory(h)
+        return self.head(h + self.attention(self.norm(h), key=m, value=m)[0])
+
+
+def test_a_cnn_with_skips_has_the_edges_of_its_data() -> None:
+    graph = graph_of(SkippingCnn(), torch.randn(2, 2, 8, 8))
+    assert edges(graph) == {
+        ("stem", "norm"),
+        ("norm", "conv"),
+        ("norm", "main"),
+        ("conv", "main"),
+        ("norm", "down"),
+        ("conv", "down"),
+        ("main", "head"),
+        ("down", "head"),
+    }
+    assert {(e.source, e.target): e.elements for e in graph.edges}["conv", "main"] == 4 * 8 * 8
+    assert [n.contract.site for n in graph.nodes if n.widen_output is not None] == []
+
+
+def test_dict_inputs_and_outputs_have_lineage() -> None:
+    batch = {"a": torch.randn(3, 4), "b": torch.randn(3, 4)}
+    assert edges(graph_of(DictInput(), batch)) == {("left", "out"), ("right", "out")}
+
+
+def test_every_tensor_that_a_module_reads_is_an_edge() -> None:
+    graph = graph_of(Text(), torch.randn(3, 4))
+    assert edges(graph) == {
+        ("tokens", "norm"),
+        ("places", "norm"),
+        ("tokens", "memory"),
+        ("places", "memory"),
+        ("norm", "attention"),
+        ("memory", "attention"),
+        ("tokens", "head"),
+        ("places", "head"),
+        ("attention", "head"),
+    }
+    assert {n.contract.site: n.depth for n in graph.nodes}["attention"] == 2
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_transformer_encoder_in_evaluation_has_all_its_edges(frozen: bool) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(nn.Linear(4, 8), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)).eval()
+    model.requires_grad_(not frozen)
+    graph = graph_of(model, torch.randn(2, 5, 4))
+
+    def inside(index: int, before: set[str]) -> set[tuple[str, str]]:
+        names = ("self_attn", "norm1", "linear1", "linear2", "norm2")
+        attention, norm1, linear1, linear2, norm2 = (f"1.layers.{index}.{name}" for name in names)
+        entering = {(source, target) for source in before for target in (attention, norm1)}
+        return entering | {
+            (attention, norm1),
+            (norm1, linear1),
+            (linear1, linear2),
+            (norm1, norm2),
+            (linear2, norm2),
+        }
+
+    assert edges(graph) == inside(0, {"0"}) | inside(1, {"1.layers.0.norm2"})
+    pairs = {n.contract.site: n.widen_output for n in graph.nodes if n.widen_output is not None}
+    assert pairs == {f"1.layers.{index}.linear1": f"1.layers.{index}.linear2" for index in (0, 1)}
+
+
+def test_blocks_stand_beside_the_layers_inside_of_them() -> None:
+    """The edges between single layers are those without the blocks; a block has edges on its own level alone."""
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Residual()
+            self.fc = nn.Linear(2, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.fc(torch.relu(self.inner(x)))
+
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), Outer(), Outer(), nn.Linear(4, 2))
+
+    x = torch.randn(3, 4)
+    plain = graph_of(net(), x)
+    model = esper.wrap(net(), [nn.Linear, "1", "2"])
+    graph = layer_graph(model, lambda: model(x))
+    found = edges(graph)
+    layers = {(s, t) for s, t in found if not {s, t} & {"1", "2"}}
+    assert layers == edges(plain)
+    assert found - layers == {("0", "1"), ("1", "2"), ("2", "3")}
+    depths = {n.contract.site: n.depth for n in graph.nodes}
+    assert depths["1"] == depths["1.inner.a"] == 1
+    assert {n.contract.site: n.depth for n in plain.nodes}.items() <= depths.items()
+    block = next(n for n in graph.nodes if n.contract.site == "1")
+    assert block.parameter_count == sum(p.numel() for p in model[1].parameters())
+    esper.graft(model, "1.fc", "bottleneck")
+    again = layer_graph(model, lambda: model(x))
+    assert next(n for n in again.nodes if n.contract.site == "1").parameter_count == block.parameter_count
+
+
+def test_a_call_past_the_module_is_seen_too() -> None:
+    class Direct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+            self.b = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b.forward(self.a.forward(x))
+
+    assert edges(graph_of(Direct(), torch.randn(2, 4))) == {("a", "b")}
 
 
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
+        (Checkpointed, {("first", "a"), ("a", "b"), ("b", "last")}),
+        (Numpy, {("a", "b")}),
         (Residual, {("a", "b"), ("a", "c"), ("b", "c")}),
         (OutOfOrder, {("left", "last"), ("right", "last")}),
         (Loop, {("cell", "cell"), ("cell", "head")}),
@@ -128,64 +310,6 @@ def test_frozen_models_have_lineage_too() -> None:
 def test_flops_of_a_shared_layer_are_summed() -> None:
     graph = graph_of(Loop(), torch.randn(5, 4))
     assert graph.nodes[0].flops_per_sample == 3 * 2 * 16
-
-
-class Pairs(nn.Module):
-    """Between `a` and `b` whatever the test puts there."""
-
-    def __init__(self, between: Any) -> None:
-        super().__init__()
-        self.a = nn.Linear(4, 4)
-        self.b = nn.Linear(4, 2)
-        self.between = between
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.a(x)
-        return self.between(self, h)
-
-
-@pytest.mark.parametrize(
-    ("between", "activation"),
-    [
-        (lambda m, h: m.b(functional.relu(h)), "relu"),
-        (lambda m, h: m.b(functional.gelu(h)), "gelu"),
-        (lambda m, h: m.b(h.tanh()), "tanh"),
-        (lambda m, h: m.b(functional.silu(h)), "silu"),
-        (lambda m, h: m.b(torch.sigmoid(h)), "sigmoid"),
-        (lambda m, h: m.b(functional.relu_(h)), "relu"),
-        (lambda m, h: m.b(functional.gelu(h, approximate="tanh")), None),
-        (lambda m, h: m.b(h), None),
-        (lambda m, h: m.b(functional.leaky_relu(h)), None),
-        (lambda m, h: m.b(functional.relu(h) * 2), None),
-        (lambda m, h: m.b(functional.softmax(h, dim=1)), None),
-        (lambda m, h: m.b(functional.relu(h)) + h.sum(), None),
-        (lambda m, h: m.b(functional.relu(h)) + functional.relu(h).sum(), None),
-        (lambda m, h: (m.b(functional.relu(h)), h), None),
-        (lambda m, h: {"out": m.b(a := functional.relu(h)), "hidden": [a]}, None),
-        (lambda m, h: m.b(functional.relu(h)) + m.b(functional.tanh(h)), None),
-    ],
-    ids=range(16),
-)
-def test_a_pair_is_what_one_activation_alone_joins(between: Any, activation: str | None) -> None:
-    model = Pairs(between)
-    graph = graph_of(model, torch.randn(5, 4))
-    node = graph.nodes[0]
-    assert node.widen_output == (None if activation is None else "b")
-    assert node.contract.attributes.get("pair_activation") == activation
-
-
-def test_tracing_agrees_where_it_can_see(zoo: Any) -> None:
-    def traced(between: Any) -> Any:
-        return traced_pairs(esper.wrap(Pairs(between)))
-
-    assert traced(lambda m, h: m.b(functional.relu(h))) == {"a": ("b", "relu")}
-    assert traced(lambda m, h: m.b(functional.gelu(h, approximate="tanh"))) == {}
-    assert traced(lambda m, h: m.b(h.tanh())) == {"a": ("b", "tanh")}
-    assert traced(lambda m, h: m.b(functional.relu(h)) + h.sum()) == {}
-    assert traced(lambda m, h: m.b(functional.relu(h)) + m.b(functional.relu(m.a(h)))) == {}
-    assert traced(lambda m, h: m.b(h) if h.sum() > 0 else h) is None
-    modules = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4), nn.GELU("tanh"), nn.Linear(4, 2))
-    assert traced_pairs(esper.wrap(modules)) == {"0": ("2", "gelu")}
 
 
 def test_tied_or_parametrized_layers_are_no_pair(zoo: Any) -> None:

@@ -17,12 +17,11 @@ from esper.runtime.kasmina import growth
 from esper.runtime.kasmina.cache import KernelCache
 from esper.runtime.kasmina.cache import kernel_cache
 from esper.runtime.kasmina.digest import tensor_bytes
-from esper.runtime.kasmina.growing.optimizer import StateRefused
-from esper.runtime.kasmina.growing.optimizer import joined_state
 from esper.runtime.kasmina.lifecycle import TRANSITIONS
 from esper.runtime.kasmina.lifecycle import advance
 from esper.runtime.kasmina.wrapping.hosts import HOST_KINDS
 from esper.runtime.kasmina.wrapping.hosts import host_kind
+from esper.runtime.kasmina.wrapping.hosts import layer_kind
 from esper.runtime.kasmina.wrapping.undisturbed import undisturbed
 from esper.runtime.tezzeret.artifact import KernelFiles
 from esper.runtime.tezzeret.build import build_kernel
@@ -119,8 +118,10 @@ def test_convolution_rows_are_the_matrix_product_that_it_is(padding: Any, mode: 
 
 
 def test_host_kinds_are_one_table() -> None:
-    assert [kind.name for kind in HOST_KINDS] == ["linear", "conv2d"]
-    assert host_kind(nn.LSTM(2, 2)) is None
+    assert len({kind.name for kind in HOST_KINDS}) == len(HOST_KINDS)
+    assert [kind.form for kind in HOST_KINDS if kind.argument is None] == ["block"]
+    assert layer_kind(nn.LSTM(2, 2)) is None
+    assert host_kind(nn.ModuleList()) is None
 
 
 def test_muon_and_lbfgs_are_refused_by_name_with_the_way_out(zoo: Any) -> None:
@@ -180,15 +181,6 @@ def test_names_in_an_optimizer_keep_their_prefix(zoo: Any) -> None:
     optimizer = torch.optim.AdamW([(f"net.{n}", p) for n, p in model.named_parameters()], lr=0.1)
     esper.graft(model, "fc2", "lowrank", optimizer=optimizer)
     assert optimizer.param_groups[0]["param_names"][-1] == "net.fc2.kasmina.0.up.weight"
-
-
-def test_state_that_is_not_by_element_cannot_be_joined() -> None:
-    weight, grown = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(2, 3))
-    optimizer = torch.optim.Adafactor([weight, grown])
-    weight.grad, grown.grad = torch.ones(4, 3), torch.ones(2, 3)
-    optimizer.step()
-    with pytest.raises(StateRefused, match="by element"):
-        joined_state(optimizer, weight, grown, 0, 1.0)
 
 
 def test_undisturbed_restores_when_the_body_fails(zoo: Any) -> None:

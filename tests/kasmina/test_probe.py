@@ -1,4 +1,5 @@
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -7,11 +8,13 @@ from torch import Tensor
 from torch import nn
 
 import esper
-from esper.runtime.kasmina.probe import MAX_ROWS
+from esper.runtime.kasmina.health.capture import MAX_ROWS
+from esper.runtime.kasmina.health.statistics import residual_gradient
+from esper.runtime.kasmina.health.statistics import saturation
+from esper.runtime.kasmina.health.statistics import signal_to_noise
+from esper.runtime.kasmina.health.statistics import spread
+from esper.runtime.kasmina.probe import capture
 from esper.runtime.kasmina.probe import probe
-from esper.runtime.kasmina.probe import residual_gradient
-from esper.runtime.kasmina.probe import saturation
-from esper.runtime.kasmina.telemetry import Telemetry
 
 
 def signals(result: Any) -> dict[str, Any]:
@@ -143,38 +146,79 @@ def test_unknown_is_none_and_broken_is_counted(zoo: Any) -> None:
     assert broken.activation_mean is None
 
 
-def test_telemetry_watches_one_step_in_many_and_reads_once(zoo: Any) -> None:
-    model, _ = zoo.make("cnn")
-    x = torch.randn(16, 2, 8, 8)
+def test_correlation_is_the_mean_over_pairs_of_units() -> None:
+    y = torch.randn(200, 4, dtype=torch.float64) @ torch.randn(4, 5, dtype=torch.float64)
+    y[:, 2] = 3.0
+    varying = y[:, [0, 1, 3, 4]]
+    pairs = torch.corrcoef(varying.T)[~torch.eye(4, dtype=torch.bool)]
+    assert spread(y).correlation == pytest.approx(float(pairs.mean()), abs=1e-12)
+    assert spread(y[:, :1]).correlation is None
+
+
+def test_signal_to_noise_is_that_of_one_sample() -> None:
+    """Per-sample gradients of a known mean and covariance, as x = 1 and g drawn around `mean`."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.ones(8000, 1, dtype=torch.float64)
+    mean = torch.linspace(-0.5, 0.5, 64, dtype=torch.float64)
+    for deviation in (0.5, 2.0, 6.0):
+        g = mean + deviation * torch.randn(8000, 64, generator=generator, dtype=torch.float64)
+        expected = float(mean.square().sum()) / (64 * deviation**2)
+        assert signal_to_noise(x, g, 8000) == pytest.approx(expected, rel=0.25)
+    assert signal_to_noise(x, torch.zeros(8000, 64, dtype=torch.float64), 8000) is None
+    assert signal_to_noise(x[:15], g[:15], 15) is None
+
+
+def test_what_was_captured_gives_the_same_signals_later_and_elsewhere(zoo: Any) -> None:
+    model, x = zoo.make("cnn")
+    x = torch.randn(64, 2, 8, 8)
     esper.wrap(model, example_inputs=x)
-    telemetry = Telemetry(model, every=4, rows=32)
-    for step in range(9):
-        model.zero_grad()
-        with telemetry.step(step):
-            model(x).square().mean().backward()
-    found = {signal.site: signal for signal in telemetry.read(epoch=1, step=9)}
-    assert set(found) == {"conv1", "conv2", "head"}
-    assert found["conv1"].rows_seen == 3 * 32
-    assert found["head"].rows_seen == 3 * 16
-    rows = model.conv1(x[:1]).flatten(2).transpose(1, 2).reshape(-1, 4)[:32]
-    assert found["conv1"].activation_variance == pytest.approx(float(rows.detach().var(correction=0)), rel=0.5)
-    expected = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in model.head.parameters()]))
-    assert found["head"].gradient_norm == pytest.approx(float(expected), rel=0.5)
-    assert telemetry.read(epoch=1, step=9) == ()
+    at_once = probe(model, lambda: model(x).square().mean(), epoch=2, step=9)
+    taken = capture(model, lambda: model(x).square().mean())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    esper.graft(model, "conv2", "bottleneck")
+    with ThreadPoolExecutor(1) as other:
+        later = other.submit(taken.signals, epoch=2, step=9).result()
+        samples = other.submit(taken.samples, outputs=True).result()
+    assert later == at_once.signals
+    assert all(torch.equal(samples[name].x, known.x) for name, known in at_once.samples.items())
+    assert samples["conv2"].y is not None and samples["conv2"].y.shape == (64, 4, 4, 4)
 
 
-def test_telemetry_changes_no_bit_of_training(zoo: Any) -> None:
-    digests = []
-    for watched in (False, True):
-        model, x = zoo.make("cnn")
-        esper.wrap(model, example_inputs=x)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        telemetry = Telemetry(model, every=1 if watched else 1000)
-        torch.manual_seed(3)
-        for step in range(1, 5):
-            optimizer.zero_grad()
-            with telemetry.step(step):
-                model(x).square().mean().backward()
-            optimizer.step()
-        digests.append(esper.weights_digest(model))
-    assert digests[0] == digests[1]
+class Language(nn.Module):
+    """Every kind of site that a language model has; sequences come first or second."""
+
+    def __init__(self, *, batch_first: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+        self.norm = nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+        self.block = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        self.head = nn.Linear(8, 11)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.norm(self.table(ids))
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head(x + self.block(x))
+
+
+LANGUAGE_SITES = {"table": 8, "norm": 8, "attention": 8, "block": 8, "head": 11}
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_every_kind_of_site_is_probed_and_what_means_nothing_there_is_none(batch_first: bool) -> None:
+    model = Language(batch_first=batch_first)
+    ids = torch.randint(0, 11, (40, 6) if batch_first else (6, 40))
+    esper.wrap(model, list(LANGUAGE_SITES), example_inputs=ids)
+    result = probe(model, lambda: model(ids).square().mean())
+    found = signals(result)
+    assert set(found) == set(LANGUAGE_SITES)
+    assert all(signal.rows_seen == 240 for signal in found.values())
+    assert all(0 <= signal.residual_gradient <= 1 for signal in found.values())
+    assert all(signal.gradient_to_weight > 0 and signal.saturation > 0 for signal in found.values())
+    assert {name for name, signal in found.items() if signal.dead_neuron_ratio is not None} == {"head"}
+    known = {name for name, signal in found.items() if signal.gradient_signal_to_noise is not None}
+    assert known == ({"table", "head"} if batch_first else set())
+    assert not result.samples["table"].x.is_floating_point()
+    assert result.samples["attention"].g.shape == (40, 6, 8)

@@ -41,6 +41,12 @@ def with_attribute() -> nn.Module:
     return model
 
 
+def with_list() -> nn.Module:
+    model = nn.Sequential()
+    model.parts = nn.ModuleList([nn.Linear(4, 4)])
+    return model
+
+
 def distributed() -> nn.Module:
     class FSDPModule(nn.Module):
         __module__ = "torch.distributed.fsdp"
@@ -64,11 +70,12 @@ def distributed() -> nn.Module:
         (lambda: nn.DataParallel(nn.Sequential(nn.Linear(4, 4))), {}, "DataParallel"),
         (lambda: nn.Sequential(SuperOfOwnClass(4, 4)), {}, "super\\(self.__class__"),
         (lambda: nn.Sequential(NeedsKeyword(4, 4)), {}, "colour"),
-        (lambda: nn.MultiheadAttention(4, 2), {"target_layers": ["out_proj"]}, "bypassed"),
+        (lambda: nn.Sequential(nn.MultiheadAttention(4, 2)), {"target_layers": ["0.out_proj"]}, "bypassed"),
+        (lambda: nn.MultiheadAttention(4, 2), {}, "torch.nn.Sequential"),
         (replaced_forward, {"target_layers": ["0"]}, "bypassed"),
-        (with_attribute, {}, "attribute 'kasmina'"),
+        (with_attribute, {"target_layers": ["0"]}, "attribute 'kasmina'"),
         (lambda: nn.Sequential(nn.Linear(4, 4)), {"target_layers": ["o"]}, "matches no layer"),
-        (lambda: nn.Sequential(nn.ReLU(), nn.Linear(4, 4)), {"target_layers": [nn.ReLU]}, "not supported"),
+        (with_list, {"target_layers": ["parts"]}, "not supported: ModuleList"),
         (lambda: nn.Sequential(nn.Linear(4, 4)), {"target_layers": [nn.Conv2d]}, "candidates: 0"),
         (lambda: nn.Sequential(nn.Linear(4, 4)), {"target_layers": [3]}, "neither a layer class nor a glob"),
         (lambda: nn.Sequential(nn.Linear(4, 4)), {"exclude": ["*"]}, "no supported layer"),
@@ -116,18 +123,18 @@ def test_auto_leaves_out_layers_whose_forward_is_bypassed() -> None:
     attention.attention = nn.MultiheadAttention(4, 2)
     attention.out = nn.Linear(4, 4)
     esper.wrap(attention)
-    assert [site.name for site in esper.status(attention).sites] == ["out"]
+    assert [site.name for site in esper.status(attention).sites] == ["attention", "out"]
 
 
 def test_globs_classes_and_exclusions_choose_the_sites(zoo: Any) -> None:
     def sites(**arguments: Any) -> list[str]:
         return [site.name for site in esper.status(esper.wrap(zoo.cnn(), **arguments)).sites]
 
-    assert sites() == ["conv1", "conv2", "head"]
+    assert sites() == ["conv1", "norm", "conv2", "head"]
     assert sites(target_layers=[nn.Conv2d]) == ["conv1", "conv2"]
     assert sites(target_layers=["*2", "head"]) == ["conv2", "head"]
-    assert sites(exclude=[nn.Linear]) == ["conv1", "conv2"]
-    assert sites(exclude=["conv?"]) == ["head"]
+    assert sites(exclude=[nn.Linear]) == ["conv1", "norm", "conv2"]
+    assert sites(exclude=["conv?"]) == ["norm", "head"]
 
 
 def test_failing_example_inputs_leave_the_model_as_it_was(zoo: Any) -> None:
@@ -148,3 +155,22 @@ def test_shared_layer_is_one_site_under_its_first_name() -> None:
     assert [site.name for site in esper.status(model).sites] == ["first"]
     model(torch.ones(1, 4))
     assert esper.graft(model, "again", "lowrank").site == "first"
+
+
+def test_auto_may_stand_among_other_targets():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
+    esper.wrap(model, ["auto", "1"], example_inputs=torch.randn(2, 4))
+    assert [(site.name, site.kind) for site in esper.status(model).sites] == [
+        ("0", "linear"),
+        ("1", "block"),
+        ("1.0", "linear"),
+        ("2", "linear"),
+    ]
+
+
+def test_named_site_that_is_never_called_is_refused_beside_auto():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.idle = nn.Sequential(nn.Identity())
+    model.forward = lambda x: model[0](x)
+    with pytest.raises(esper.SiteError, match="'idle' cannot be a site"):
+        esper.wrap(model, ["auto", "idle"], example_inputs=torch.randn(2, 4))

@@ -148,6 +148,29 @@ def test_another_decision_is_supposed_without_training(grown: dict[str, Any], st
     assert stack.run("what-if", "digits-1", "--epoch", "1", "--decision", "nowhere:bottleneck").code == 2
 
 
+def test_a_branch_repeats_its_parent_or_goes_another_way(grown: dict[str, Any], stack: LocalStack) -> None:
+    adaptation = grown["adaptations"][0]
+    before = stack.ok("history", "digits-1", "--json").document
+    same = stack.ok("fork", "digits-1", "--epoch", str(adaptation["epoch"] - 2), "--run-id", "same", "--json").document
+    assert same["digest"] == grown["digest"]
+    assert [a["kernel"] for a in same["adaptations"]] == [a["kernel"] for a in grown["adaptations"]]
+    late = str(adaptation["epoch"] + 3)
+    held = stack.ok("fork", "digits-1", "--epoch", late, "--run-id", "held", "--json").document
+    assert held["digest"] == grown["digest"]
+    assert held["lineage"]["parent"] == "digits-1" and held["lineage"]["epoch"] == int(late)
+    waited = stack.ok(
+        *("fork", "digits-1", "--epoch", str(adaptation["epoch"]), "--decision", "wait", "--run-id", "waited"),
+        *("--set", "tamiyo.policy=none", "--json"),
+    ).document
+    assert waited["adaptations"] == [] and waited["digest"] != grown["digest"]
+    assert stack.ok("reproduce", "waited", "--json").document["digest"] == waited["digest"]
+    listed = {each["run_id"]: each["parent"] for each in stack.ok("list", "--json").document}
+    assert listed["waited"] == "digits-1" and listed["digits-1"] is None
+    assert stack.ok("history", "digits-1", "--json").document == before
+    assert stack.run("fork", "digits-1", "--epoch", "99", "--run-id", "nothing").code == 6
+    assert stack.run("fork", "digits-1", "--epoch", "5", "--run-id", "same").code == 5
+
+
 @pytest.mark.parametrize("run_id", ["digits-1", "digits-killed"])
 def test_records_alone_reproduce_the_run_without_temporal(
     grown: dict[str, Any], stack: LocalStack, run_id: str

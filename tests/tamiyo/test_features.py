@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from esper.contracts.enums import AdaptationState
 from esper.contracts.enums import SeedState
 from esper.contracts.operational import HealthSignal
+from esper.runtime.kasmina.health.scores import signals_by_site
 from esper.runtime.tamiyo.features import MEASURED
 from esper.runtime.tamiyo.features import NODE_FEATURES
 from esper.runtime.tamiyo.features import RELATIONS
 from esper.runtime.tamiyo.features import RUN_FEATURES
 from esper.runtime.tamiyo.features import STRUCTURE
 from esper.runtime.tamiyo.features import describe
-from esper.runtime.tamiyo.features import signals_by_site
 from esper.runtime.tamiyo.slope import improvement_window
 from esper.runtime.tamiyo.slope import losses
 from esper.runtime.tamiyo.slope import relative_improvement
@@ -223,3 +223,24 @@ def test_the_validation_loss_is_compared_with_the_training_loss(make_request: Fa
     overfit = request.model_copy(update={"report": request.report.model_copy(update={"metrics": worse})})
     assert describe(overfit).run("val_to_train") == pytest.approx((0.5 + 1.5) / (0.5 + 0.5))
     assert describe(make_request(losses=(-1.0,) * 8)).run("val_to_train") is None
+
+
+def test_a_table_of_vectors_pulls_at_nothing_and_hides_no_other_pull(make_request: Factory) -> None:
+    """What an embedding cannot follow is not a function of its ids, so no kernel that reads them could."""
+    strong = {
+        "residual_gradient": 0.9,
+        "residual_gradient_norm": 100.0,
+        "gradient_norm": 1.0,
+        "gradient_to_weight": 0.1,
+    }
+    weak = strong | {"residual_gradient_norm": 1.0}
+    request = make_request(health={"layers.0": strong, "layers.2": weak})
+    graph = request.report.graph
+    first = graph.nodes[0]
+    table = first.model_copy(update={"contract": first.contract.model_copy(update={"kind": "embedding"})})
+    nodes = (table, *graph.nodes[1:])
+    report = request.report.model_copy(update={"graph": graph.model_copy(update={"nodes": nodes})})
+    assert describe(request).node("layers.2", "residual_pull") < 0.1
+    features = describe(request.model_copy(update={"report": report}))
+    assert features.node("layers.0", "residual_pull") is None
+    assert features.node("layers.2", "residual_pull") == pytest.approx(0.9)

@@ -7,14 +7,14 @@ from esper.contracts.assets import SiteContract
 from esper.contracts.operational import LayerGraph
 from esper.contracts.operational import SiteNode
 from esper.errors import BlueprintError
-from esper.runtime.tezzeret.blueprints import cost
-from esper.runtime.tezzeret.blueprints import get_blueprint
-from esper.runtime.tezzeret.blueprints import host_graph
-from esper.runtime.tezzeret.blueprints import kernel_graph
-from esper.runtime.tezzeret.blueprints import list_blueprints
-from esper.runtime.tezzeret.blueprints import register_blueprint
-from esper.runtime.tezzeret.blueprints import resolve_hyperparameters
-from esper.runtime.tezzeret.blueprints import site_contract_for
+from esper.runtime.tezzeret.blueprints.registry import cost
+from esper.runtime.tezzeret.blueprints.registry import get_blueprint
+from esper.runtime.tezzeret.blueprints.registry import host_graph
+from esper.runtime.tezzeret.blueprints.registry import kernel_graph
+from esper.runtime.tezzeret.blueprints.registry import list_blueprints
+from esper.runtime.tezzeret.blueprints.registry import register_blueprint
+from esper.runtime.tezzeret.blueprints.registry import resolve_hyperparameters
+from esper.runtime.tezzeret.blueprints.registry import site_contract_for
 
 
 def node(name: str, shapes: tuple[int, int], widen_output: str | None = None, **more) -> SiteNode:
@@ -38,17 +38,31 @@ def refused(call, *arguments) -> BlueprintError:
     return caught.value
 
 
-def test_the_three_blueprints_are_registered():
+NAMES = [
+    "attention",
+    "bottleneck",
+    "conv_bottleneck",
+    "depth_block",
+    "depthwise",
+    "lowrank",
+    "noop",
+    "norm_gate",
+    "scale_shift",
+    "se_gate",
+    "widen",
+]
+
+
+def test_the_packaged_blueprints_are_registered():
     found = {blueprint.name: blueprint for blueprint in list_blueprints()}
-    assert {"bottleneck", "widen", "lowrank"} <= found.keys()
-    assert found["lowrank"].capacity_free
-    assert not found["bottleneck"].capacity_free
-    assert found["widen"].host_kinds == ("linear",)
-    assert found["bottleneck"].host_kinds == ("linear", "conv2d")
+    assert [name for name in found if name in NAMES] == NAMES
+    assert [name for name in NAMES if found[name].capacity_free] == ["lowrank", "noop"]
+    assert found["widen"].host_kinds == ("linear", "conv1d", "conv2d")
+    assert found["depth_block"].host_kinds == ("*",)
 
 
 def test_blueprints_are_weighed_without_torch():
-    modules = "esper.runtime.tezzeret.blueprints, esper.runtime.tezzeret.manifest"
+    modules = "esper.runtime.tezzeret.blueprints.registry, esper.runtime.tezzeret.manifest"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -58,7 +72,7 @@ def test_an_unknown_blueprint_lists_a_near_name(linear_site):
         error = refused(call, "botleneck")
         assert error.code == "ESP-421"
         assert error.hint == "did you mean 'bottleneck'?"
-    assert refused(get_blueprint, "zzz").hint == "known are bottleneck, lowrank, widen"
+    assert refused(get_blueprint, "zzz").hint == f"known are {', '.join(NAMES)}"
 
 
 @pytest.mark.parametrize(
@@ -122,7 +136,8 @@ def test_a_blueprint_that_does_not_fit_gives_no_contract():
 def test_a_site_that_does_not_fit_is_refused_with_its_reason(linear_site, pair_site, conv2d_site):
     assert "needs a pair" in refused(kernel_graph, "widen", linear_site, {}).message
     assert "not a pair" in refused(kernel_graph, "bottleneck", pair_site, {}).message
-    assert "its kind is 'conv2d'" in refused(kernel_graph, "widen", conv2d_site, {}).message
+    assert "its kind is 'linear'" in refused(kernel_graph, "depthwise", linear_site, {}).message
+    assert "the contract reads the input" in refused(kernel_graph, "scale_shift", conv2d_site, {}).message
     odd = linear_site.model_copy(update={"input_shape": (3, 12)})
     assert "differ before the last dimension" in refused(kernel_graph, "bottleneck", odd, {}).message
     assert refused(kernel_graph, "bottleneck", odd, {}).code == "ESP-423"

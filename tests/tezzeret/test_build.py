@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from esper.contracts.assets import SiteContract
 from esper.errors import BlueprintError
 from esper.errors import IntegrityError
-from esper.runtime.tezzeret.blueprints import cost
+from esper.runtime.tezzeret.blueprints.registry import cost
 from esper.runtime.tezzeret.build import SiteSamples
 from esper.runtime.tezzeret.build import build_kernel
 from esper.runtime.tezzeret.build import files_of

@@ -170,9 +170,9 @@ def test_damaged_files_and_foreign_samples_are_errors_not_certificates(linear_si
 
 def test_costs_are_compared_with_the_ir(linear_site):
     kernel = certify_module.load_kernel(files := built("bottleneck", linear_site), files.digest)
-    assert certify_module._cost_failures(kernel, 2 * 32 * (12 + 7)) == []
+    assert certify_module.cost_failures(kernel, 2 * 32 * (12 + 7)) == []
     kernel.register_parameter("stray", nn.Parameter(torch.zeros(2)))
-    assert [f.partition(":")[0] for f in certify_module._cost_failures(kernel, 1)] == ["cost", "cost"]
+    assert [f.partition(":")[0] for f in certify_module.cost_failures(kernel, 1)] == ["cost", "cost"]
 
 
 def test_without_a_compiler_parity_is_unavailable(linear_site, monkeypatch):

@@ -13,6 +13,7 @@ from esper.contracts.config import OptimizerConfig
 from esper.errors import BlueprintError
 from esper.errors import IntegrityError
 from esper.runtime.tezzeret.artifact import KernelFiles
+from esper.runtime.tezzeret.blueprints.registry import kernel_graph
 from esper.runtime.tezzeret.build import build_kernel
 from esper.runtime.tezzeret.forge_child import ForkServer
 from esper.runtime.tezzeret.forge_child import build_in_child
@@ -202,11 +203,15 @@ def test_the_jobs_themselves_are_data_in_and_data_out(linear_site, draw_samples)
     """In this process: what the children of the other tests do."""
     samples = [pack_samples({SAMPLES: draw_samples(linear_site)})]
     arguments = {
+        "graph": kernel_graph("lowrank", linear_site, {"rank": 2}).model_dump(mode="json"),
         "blueprint": "lowrank",
+        "blueprint_version": 1,
         "site": linear_site.model_dump(mode="json"),
         "hyperparameters": {"rank": 2},
         "seed": 0,
+        "initialiser": "residual",
         "max_parameters": 1000,
+        "max_flops": None,
     }
     answer, files = perform(JOBS, "build", arguments, samples)
     assert answer == {"ok": {}}
@@ -216,7 +221,7 @@ def test_the_jobs_themselves_are_data_in_and_data_out(linear_site, draw_samples)
     answer, _ = perform(JOBS, "build", arguments | {"max_parameters": 1}, [])
     assert answer["error"]["code"] == "ESP-416"
     answer, _ = perform(JOBS, "build", {}, [])
-    assert answer == {"crash": "KeyError: 'blueprint'"}
+    assert answer == {"crash": "KeyError: 'graph'"}
 
 
 def test_a_message_that_is_none_is_refused():

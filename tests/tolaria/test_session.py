@@ -36,7 +36,7 @@ def test_fresh_run_commits_its_first_head_at_step_zero(drive, world):
     assert (loaded.step, loaded.epoch, loaded.steps_per_epoch) == (0, 0, 7)
     assert loaded.model_name == "Small" and loaded.device == "cpu" and loaded.threads == 1
     assert loaded.head == world.call(world.library.run("run")).head
-    assert [node.contract.site for node in loaded.graph.nodes] == ["first", "second", "last"]
+    assert [node.contract.site for node in loaded.graph.nodes] == ["first", "norm", "second", "last"]
     assert not loaded.finished
 
 
@@ -60,7 +60,9 @@ def test_probe_ships_samples_of_every_site_when_a_decision_follows(drive, world)
     samples = unpack_samples(world.objects.get(with_probe.site_samples))
     assert samples["first"].x.shape == (200, 12) and samples["last"].g.shape == (200, 3)
     assert with_probe.probe_flops > 0
-    assert {signal.site for signal in with_probe.health} == {"first", "second", "last"}
+    assert {signal.site for signal in with_probe.health} == {"first", "norm", "second", "last"}
+    assert all(0 < signal.update_to_weight < 1 for signal in with_probe.health)
+    assert all(signal.saturation is not None for signal in with_probe.health)
     (without,) = driver.train(2)
     assert without.site_samples is None and without.health
 
@@ -188,7 +190,7 @@ def test_beats_tell_where_training_is(drive, each_step):
     training = [beat for beat in beats if beat.phase == "training"]
     assert [beat.step for beat in training] == [1, 2, 3, 4, 5, 6]
     assert all(beat.loss > 0 and beat.samples_per_s > 0 and beat.epoch == 1 for beat in training)
-    assert training[0].seeds == {"dormant": 11, "germinated": 1}
+    assert training[0].seeds == {"dormant": 15, "germinated": 1}
 
 
 def test_beats_are_gated_by_time(drive):

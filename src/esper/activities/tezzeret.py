@@ -20,7 +20,7 @@ from esper.contracts.orders import PublishRequest
 from esper.errors import BlueprintError
 from esper.runtime.tezzeret.artifact import KernelFiles
 from esper.runtime.tezzeret.artifact import verify
-from esper.runtime.tezzeret.blueprints import resolve_hyperparameters
+from esper.runtime.tezzeret.blueprints.registry import resolve_hyperparameters
 from esper.runtime.tezzeret.forge_child import build_in_child
 from esper.runtime.tezzeret.forge_child import certify_in_child
 from esper.runtime.tezzeret.ir import canonical_json
@@ -63,6 +63,7 @@ class TezzeretActivities:
             seed=kernel_seed(request.run_seed, adaptation.number),
             samples=self._samples(request),
             max_parameters=request.tezzeret.max_parameters,
+            max_flops=request.tezzeret.max_flops,
             timeout_s=request.tezzeret.timeout_s,
             memory_mb=request.tezzeret.memory_mb,
         )

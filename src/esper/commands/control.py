@@ -49,7 +49,7 @@ def adapt(
 ) -> int:
     """Grow here: the next decision is yours instead of the policy's."""
     from esper.contracts.messages import RequestAdaptation
-    from esper.runtime.tezzeret.blueprints import get_blueprint
+    from esper.runtime.tezzeret.blueprints.registry import get_blueprint
 
     hyperparameters = options.parse_hyperparameters(values or [])
     get_blueprint(blueprint)

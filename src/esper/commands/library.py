@@ -78,7 +78,7 @@ def kernels_verify(
 @blueprints.command("list")
 def blueprints_list(as_json: options.JsonFlag = False) -> int:
     """All blueprints."""
-    from esper.runtime.tezzeret.blueprints import list_blueprints
+    from esper.runtime.tezzeret.blueprints.registry import list_blueprints
 
     found = list_blueprints()
     if as_json:
@@ -98,7 +98,7 @@ def blueprints_show(
 ) -> int:
     """One blueprint: what it computes, where it fits, its hyperparameters."""
     from esper.commands.actions import stored
-    from esper.runtime.tezzeret.blueprints import get_blueprint
+    from esper.runtime.tezzeret.blueprints.registry import get_blueprint
 
     document = get_blueprint(name).model_dump(mode="json")
     if as_json:

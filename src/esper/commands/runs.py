@@ -60,7 +60,7 @@ def list_runs(
     if as_json:
         output.write_json(entries)
     elif entries:
-        headings = ("run", "outcome", "epochs", "steps", "created")
+        headings = ("run", "outcome", "epochs", "steps", "created", "branch of")
         rows = [
             (
                 entry["run_id"],
@@ -68,6 +68,7 @@ def list_runs(
                 f"{entry['epochs']}/{entry['max_epochs']}",
                 entry["steps"],
                 entry["created"],
+                entry["parent"] or "",
             )
             for entry in entries
         ]
@@ -128,17 +129,81 @@ def logs(
 
 def export(
     run: options.RunArgument,
-    output_folder: options.OutputOption = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="The model as plain PyTorch: safetensors (weights), python (one file that needs torch only) or onnx.",
+        ),
+    ] = None,
+    output_folder: Annotated[
+        str | None,
+        typer.Option("--output", metavar="DIR", help="Default: results/<run id>, with -<format> when one is given."),
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Run what is written, or was, on its stored probe batch; exit 4 if it differs."),
+    ] = False,
     as_json: options.JsonFlag = False,
 ) -> int:
-    """Write everything that a finished run has to give into a folder."""
+    """Write what a run has to give into a folder: its files, and with --format its model for use without Esper.
+
+    Of a run that has not ended it is the model of its last finished epoch.
+    """
     import asyncio
 
     from esper.commands.actions import records
 
-    folder = asyncio.run(records.export(run, output_folder))
+    folder = asyncio.run(records.export(run, output_folder)) if form is None and not verify else None
+    if folder is not None:
+        if as_json:
+            output.write_json({"run_id": run, "output": folder})
+        else:
+            output.write(folder)
+        return 0
+    # Only where the model has to be made torch is needed, which takes seconds to load.
+    from esper.commands.actions import exporting
+
+    written = exporting.export(run, output_folder, form, verify=verify)
     if as_json:
-        output.write_json({"run_id": run, "output": folder})
+        output.write_json(written.to_json())
+        return 0
+    output.write(written.folder)
+    if written.checked is not None:
+        found, bound = written.checked.difference, written.checked.bound
+        output.say(f"verified on the probe batch: largest difference {found:.2g}, allowed is {bound:.2g}")
+    return 0
+
+
+def report(
+    run: options.RunArgument,
+    file: Annotated[
+        str | None, typer.Option("--output", metavar="FILE", help="Default: results/<run id>.html.")
+    ] = None,
+    as_json: options.JsonFlag = False,
+) -> int:
+    """Write one run as one HTML page: result, losses, what was grown and why, every decision."""
+    import asyncio
+    from pathlib import Path
+
+    from esper.commands.actions import records
+    from esper.commands.views import page
+    from esper.commands.views import summary
+    from esper.errors import ConfigurationError
+    from esper.runtime.atomic_file import write_atomically
+
+    view = asyncio.run(records.one_run(run))
+    named = file or f"results/{run}.html"
+    path = Path(named).expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, page.page(view, summary.document(view)).encode())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ConfigurationError("ESP-208", f"report {named!r} cannot be written: {reason}") from None
+    if as_json:
+        output.write_json({"run_id": run, "output": named})
     else:
-        output.write(folder)
+        output.write(named)
     return 0

@@ -96,6 +96,29 @@ class Certificate(Contract):
     compiled_difference: Annotated[float, Field(ge=0)] | None = None
     torch_version: str
     forge: str
+    birth_bound: Annotated[float, Field(ge=0)] = 0.0
+    """The largest birth difference that this kernel may have: 0, unless a normalisation stands in the way."""
+    backward_difference: Annotated[float, Field(ge=0)] | None = None
+    """Largest change, by the graft, of the gradient that passes on to the layers below, relative to its largest."""
+    neighbour_state_kept: bool | None = None
+    """Whether the weights and the optimizer's state of a trained neighbour go on to the bit as without the graft."""
+    first_step_change: Annotated[float, Field(ge=0)] | None = None
+    """Largest absolute change of the output after one step of `optimizer`."""
+    autocast: dict[str, Literal["finite", "not finite", "unavailable"]] = Field(default_factory=dict)
+    """Precision of mixed training to what came of a forward and backward in it."""
+    parameter_bytes: Annotated[int, Field(ge=0)] | None = None
+    optimizer_bytes: Annotated[int, Field(ge=0)] | None = None
+    peak_bytes_per_sample: Annotated[int, Field(ge=0)] | None = None
+    """Bytes of parameters and buffers; what `optimizer` keeps of them; the most that lives between the operations of a
+    forward and backward for one more sample. All three are counted, so they repeat."""
+    optimizer: str | None = None
+    reference: str | None = None
+    """What drift and latency are relative to: `host`, or the kind of the plain layer in its place."""
+
+    @property
+    def relative_latency(self) -> float:
+        """Forward time of the kernel over that of the host or the plain layer in its place."""
+        return self.forward_us / self.host_forward_us if self.host_forward_us else 0.0
 
 
 class Kernel(Contract):

@@ -110,6 +110,8 @@ class TezzeretConfig(Contract):
     timeout_s: Positive = 60.0
     memory_mb: Annotated[int, Field(ge=256)] = 2048
     max_parameters: Annotated[int, Field(ge=1)] = 10_000_000
+    max_flops: Annotated[int, Field(ge=1)] = 100_000_000_000
+    """Floating point operations of one sample, forward, that a kernel may add."""
     compile: CompileMode = CompileMode.AUTO
 
 

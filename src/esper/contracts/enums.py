@@ -1,5 +1,6 @@
 """Closed vocabularies. The values are what users read in JSON, in logs and in the Web UI."""
 
+from collections.abc import Mapping
 from enum import StrEnum
 
 
@@ -96,6 +97,17 @@ class DecisionKind(StrEnum):
 
     WAIT = "wait"
     GERMINATE = "germinate"
+
+
+STATE_AFTER: Mapping[FactKind, AdaptationState] = {
+    FactKind.GRAFT: AdaptationState.TRAINING,
+    FactKind.MISSED: AdaptationState.MISSED,
+    FactKind.FOSSILIZE: AdaptationState.FOSSILIZED,
+    FactKind.CULL: AdaptationState.CULLED,
+    FactKind.REMOVE: AdaptationState.CULLED,
+    FactKind.QUARANTINE: AdaptationState.FAILED,
+}
+"""What becomes of an adaptation by a fact about it."""
 
 
 class EpochStatus(StrEnum):

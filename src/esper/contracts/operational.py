@@ -32,6 +32,9 @@ class HealthSignal(Contract):
     `residual_gradient` is the share of the energy of dL/dy left after regressing out the layer's own
     input (TINY, SENN). `residual_gradient_norm` is the Frobenius norm of what is left, over
     `rows_seen` rows (one for each sample, or for each place of a convolution) of the gradient of the mean loss.
+    `update_to_weight` is the norm of what one optimizer step changed over the norm of the weights, of the newest
+    step that was measured. `gradient_signal_to_noise` is the squared norm of the mean gradient over the trace of the
+    covariance of one sample's gradient (the inverse of McCandlish et al.'s simple noise scale, arXiv 1812.06162).
     """
 
     site: SiteName
@@ -53,11 +56,13 @@ class HealthSignal(Contract):
     gradient_to_weight: NonNegative | None = None
     update_to_weight: NonNegative | None = None
     newborn_to_incumbent_gradient: NonNegative | None = None
+    gradient_signal_to_noise: NonNegative | None = None
 
 
 class SiteNode(Contract):
     """A growth site as a node of the layer graph. `widen_output` is the second layer of the pair
-    Linear -> elementwise activation -> Linear that begins here, if one does."""
+    of linear layers or convolutions that begins here, if one does: between the two stand one activation and what
+    else keeps every unit to itself, as the contract's attribute `pair_between` tells."""
 
     contract: SiteContract
     parameter_count: Count
@@ -144,6 +149,11 @@ class Fact(Contract):
     delivery: KernelDelivery | None = None
     judge_step: Count | None = None
     reason: str = ""
+
+    @property
+    def decides(self) -> FactKind:
+        """What it settles: a graft and a missed delivery of one adaptation exclude each other."""
+        return FactKind.GRAFT if self.kind is FactKind.MISSED else self.kind
 
 
 class EpochReport(Contract):

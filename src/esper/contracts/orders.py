@@ -19,6 +19,7 @@ from esper.contracts.config import OptimizerConfig
 from esper.contracts.config import TamiyoConfig
 from esper.contracts.config import TezzeretConfig
 from esper.contracts.config import UrzaConfig
+from esper.contracts.enums import DecisionKind
 from esper.contracts.enums import Outcome
 from esper.contracts.messages import RequestAdaptation
 from esper.contracts.operational import Adaptation
@@ -150,6 +151,8 @@ class FinishedRun(Contract):
     digest: Digest | None
     metrics: dict[str, float]
     parameters: Annotated[int, Field(ge=0)]
+    data_digest: str | None = None
+    """Which data it was trained on, where the task can say."""
     files: dict[str, ArtifactRef] = Field(default_factory=dict)
     """Output file name to its bytes in Urza."""
 
@@ -208,6 +211,16 @@ class PublishRequest(Contract):
     build: BuildRequest
 
 
+class Lineage(Contract):
+    """Where a run branched off another: after which epoch, at which head, and what was decided there by hand."""
+
+    parent: RunId
+    epoch: Annotated[int, Field(ge=1)]
+    head: Digest
+    decision: DecisionKind | None = None
+    """`None`: the branch's own policy decides on that epoch again."""
+
+
 class RunRecord(Contract):
     """A run as Urza knows it."""
 
@@ -230,6 +243,7 @@ class RunRecord(Contract):
     warnings: tuple[str, ...] = ()
     failure: dict[str, JsonValue] | None = None
     """The error form of a failed run: code, message, hint."""
+    lineage: Lineage | None = None
 
 
 class RecordRun(Contract):
@@ -305,11 +319,14 @@ class RunDocument(Contract):
     stall_s: float
     divergences: int
     digest: Digest | None
+    data_digest: str | None = None
+    """Of the data, where the task can say: the source that `charlm` reads is another with another Python."""
     web_ui: str | None
     output: str | None
     warnings: tuple[str, ...] = ()
     error: dict[str, JsonValue] | None = None
     """Of a failed run, in the error form of `--json`."""
+    lineage: Lineage | None = None
 
 
 class RunStatus(Contract):
@@ -362,6 +379,8 @@ class TrainingRequest(Contract):
     code: CodeLocation | None = None
     expected_head: Digest | None = None
     """Set by `resume` of an ended run: the head that it must go on from."""
+    requested: RequestAdaptation | None = None
+    """What the first decision of this execution is to order (a branch with a decision by hand)."""
     search_attributes: bool = True
     """False where the namespace lacks them: the run goes on without."""
     continue_after_epochs: Annotated[int, Field(ge=1)] | None = None

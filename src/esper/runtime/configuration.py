@@ -7,7 +7,6 @@ configuration. A variable of Esper's that is set to nothing is a mistake too: un
 """
 
 import difflib
-import io
 import os
 import re
 import shutil
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import JsonValue
-from ruamel.yaml import YAML
 
 from esper.contracts.base import RUN_ID_PATTERN
 from esper.contracts.config import EsperConfig
@@ -33,6 +31,7 @@ from esper.runtime.yaml_document import KeyPath
 from esper.runtime.yaml_document import Place
 from esper.runtime.yaml_document import near
 from esper.runtime.yaml_document import read_document
+from esper.runtime.yaml_document import write_document
 
 PREFIX = "ESPER_"
 NOT_KEYS = ("ESPER_HOME", "ESPER_TEMPORAL_CLI", "ESPER_S3_ENDPOINT_URL")
@@ -100,14 +99,7 @@ def reference_text() -> str:
 
 def dump_config(config: EsperConfig) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal one."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.allow_unicode = False
-    yaml.width = 4096
-    stream = io.StringIO()
-    yaml.dump(config.model_dump(mode="json"), stream)
-    return stream.getvalue()
+    return write_document(config.model_dump(mode="json"))
 
 
 def config_schema() -> dict[str, Any]:

@@ -74,10 +74,12 @@ def run_document(view: RunView, *, web_ui: str | None, output: str | None) -> Ru
         stall_s=round(sum(report.stall_seconds for report in view.reports), 3),
         divergences=record.divergences,
         digest=finished.digest if finished else None,
+        data_digest=finished.data_digest if finished else None,
         web_ui=web_ui,
         output=output,
         warnings=record.warnings,
         error=record.failure,
+        lineage=record.lineage,
     )
 
 
@@ -97,6 +99,7 @@ def list_entry(record: RunRecord) -> dict[str, Any]:
         "max_epochs": record.config.run.max_epochs,
         "steps": record.steps,
         "digest": record.finished.digest if record.finished else None,
+        "parent": record.lineage.parent if record.lineage else None,
     }
 
 

@@ -22,7 +22,7 @@ from esper.errors import EsperError
 from esper.errors import by_code
 from esper.runtime.logs import redact
 from esper.runtime.tamiyo.policies import list_policies
-from esper.runtime.tezzeret.blueprints import list_blueprints
+from esper.runtime.tezzeret.blueprints.registry import list_blueprints
 from esper.runtime.yaml_document import KeyPath
 from esper.runtime.yaml_document import Place
 from esper.runtime.yaml_document import near

@@ -6,6 +6,7 @@ refused. Errors say file:line:column and show the line with a caret.
 """
 
 import difflib
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,9 @@ MAX_DEPTH = 64
 MAX_VALUES = 50_000
 """Keys and values together: a second or two of reading."""
 
+_ONE_LINE = 2**31
+"""A width at which nothing is broken: folding a text between two escapes puts a space into it (ruamel.yaml 0.18)."""
+
 KeyPath = tuple[str | int, ...]
 
 _BYTE_ORDER_MARKS = {
@@ -61,6 +65,18 @@ class Document:
 
     data: JsonValue
     places: Mapping[KeyPath, Place]
+
+
+def write_document(data: JsonValue) -> str:
+    """Plain data as YAML that `read_document` reads back to the same."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.allow_unicode = False
+    yaml.width = _ONE_LINE
+    stream = io.StringIO()
+    yaml.dump(data, stream)
+    return stream.getvalue()
 
 
 def read_document(content: bytes, source: str) -> Document:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from esper.contracts.enums import STATE_AFTER
 from esper.contracts.enums import AdaptationState
 from esper.contracts.enums import DeliveryMode
 from esper.contracts.enums import FactKind
@@ -23,14 +24,6 @@ LIVE = frozenset({AdaptationState.TRAINING, AdaptationState.FOSSILIZED})
 _GRAFTED = frozenset({AdaptationState.TRAINING, AdaptationState.FOSSILIZED, AdaptationState.CULLED})
 _UNDECIDED = PENDING | {AdaptationState.TRAINING}
 
-_STATE_AFTER_FACT = {
-    FactKind.GRAFT: AdaptationState.TRAINING,
-    FactKind.MISSED: AdaptationState.MISSED,
-    FactKind.FOSSILIZE: AdaptationState.FOSSILIZED,
-    FactKind.CULL: AdaptationState.CULLED,
-    FactKind.REMOVE: AdaptationState.CULLED,
-    FactKind.QUARANTINE: AdaptationState.FAILED,
-}
 _VERDICTS = frozenset({FactKind.FOSSILIZE, FactKind.CULL})
 
 
@@ -122,7 +115,7 @@ class AdaptationBook:
         The fact of a verdict waits for its report, which says why: `judge` brings both.
         """
         adaptation = self._adaptations.get(fact.adaptation_id)
-        state = _STATE_AFTER_FACT.get(fact.kind)
+        state = STATE_AFTER.get(fact.kind)
         if adaptation is None or state is None:
             return None
         if fact.kind is FactKind.GRAFT:

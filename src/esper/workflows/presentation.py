@@ -13,6 +13,7 @@ from esper.contracts.orders import RunStatus
 EXPERIMENT = SearchAttributeKey.for_keyword("EsperExperiment")
 PHASE = SearchAttributeKey.for_keyword("EsperPhase")
 MODEL = SearchAttributeKey.for_keyword("EsperModel")
+PARENT = SearchAttributeKey.for_keyword("EsperParent")
 EPOCH = SearchAttributeKey.for_int("EsperEpoch")
 KERNELS = SearchAttributeKey.for_int("EsperKernels")
 BEST_METRIC = SearchAttributeKey.for_float("EsperBestMetric")

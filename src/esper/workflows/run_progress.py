@@ -37,7 +37,7 @@ class RunProgress:
         self.undecided: dict[int, EpochReport] = {}
         self._early: dict[int, EpochReport] = {}
         self.pinned: list[str] = list(state.pinned)
-        self.requested: RequestAdaptation | None = state.requested
+        self.requested: RequestAdaptation | None = state.requested if request.state is not None else request.requested
         self.paused = state.paused
         self.pauses = state.pauses
         self.restarts = state.restarts

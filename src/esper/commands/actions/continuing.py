@@ -88,7 +88,7 @@ async def _begin_again(client: Client, record: RunRecord) -> dict[str, object]:
         code=code_location(),
         expected_head=record.head.digest if record.head is not None else None,
     )
-    await start_workflow(client, request, WorkflowIDReusePolicy.ALLOW_DUPLICATE)
+    await start_workflow(client, request, WorkflowIDReusePolicy.ALLOW_DUPLICATE, record.lineage)
     if record.outcome in ENDED:
         async with connections.opened_library(record.config.urza) as library:
             await _until_running(client, library, record.run_id)

@@ -27,7 +27,9 @@ from esper.commands.actions.versions import check_version
 from esper.commands.views import summary
 from esper.contracts.config import EsperConfig
 from esper.contracts.enums import Outcome
+from esper.contracts.messages import RequestAdaptation
 from esper.contracts.orders import CodeLocation
+from esper.contracts.orders import Lineage
 from esper.contracts.orders import RunRecord
 from esper.contracts.orders import TrainingRequest
 from esper.errors import ConfigurationError
@@ -44,6 +46,7 @@ from esper.runtime.run_document import write_output_folder
 from esper.runtime.temporal import queues
 from esper.runtime.tolaria.data.targets import no_such_module
 from esper.runtime.tolaria.data.targets import refuse_standard
+from esper.runtime.urza.branches import Branch
 from esper.runtime.urza.library import Library
 from esper.workflows import presentation
 
@@ -66,6 +69,9 @@ class Prepared:
     named_folder: str
     folder: Path
     code: CodeLocation
+    branch: Branch | None = None
+    """The past of a run that branches off another: entered before its workflow is started."""
+    requested: RequestAdaptation | None = None
 
 
 def prepare(
@@ -202,8 +208,13 @@ async def _start(prepared: Prepared, stack: ExitStack, begun: asyncio.Event, *, 
     client = await connections.client(prepared.config.temporal)
     async with connections.opened_library(prepared.config.urza) as library:
         await _refuse_existing(library, run_id)
-        request = TrainingRequest(run_id=run_id, config=prepared.config, code=prepared.code)
-        await start_workflow(client, request, WorkflowIDReusePolicy.REJECT_DUPLICATE)
+        if prepared.branch is not None:
+            await library.enter_branch(prepared.branch, datetime.now(UTC).isoformat(timespec="seconds"))
+        request = TrainingRequest(
+            run_id=run_id, config=prepared.config, code=prepared.code, requested=prepared.requested
+        )
+        lineage = None if prepared.branch is None else prepared.branch.lineage
+        await start_workflow(client, request, WorkflowIDReusePolicy.REJECT_DUPLICATE, lineage)
         begun.set()
         await wait_for_row(client, library, run_id)
         if detach:
@@ -228,14 +239,18 @@ def ensure_stack(config: EsperConfig, *, quiet: bool) -> None:
         raise
 
 
-async def start_workflow(client: Client, request: TrainingRequest, policy: WorkflowIDReusePolicy) -> None:
+async def start_workflow(
+    client: Client, request: TrainingRequest, policy: WorkflowIDReusePolicy, lineage: Lineage | None = None
+) -> None:
     """Start `TrainingRun` under the run id. Raises `RunConflict` (ESP-501) when it is there already."""
+    memo: dict[str, object] = {} if lineage is None else {"parent": lineage.parent, "branched_at": lineage.epoch}
     config, model = request.config, request.config.task.name or request.config.task.target or ""
     attributes = TypedSearchAttributes(
         [
             SearchAttributePair(presentation.EXPERIMENT, config.run.name),
             SearchAttributePair(presentation.PHASE, "starting"),
             SearchAttributePair(presentation.MODEL, model),
+            *([] if lineage is None else [SearchAttributePair(presentation.PARENT, lineage.parent)]),
         ]
     )
     known = await connections.has_search_attributes(client)
@@ -249,7 +264,13 @@ async def start_workflow(client: Client, request: TrainingRequest, policy: Workf
             task_queue=queues.ORCHESTRATION,
             id_reuse_policy=policy,
             search_attributes=attributes if known else None,
-            memo={"esper_run": request.run_id, "task": model, "policy": config.tamiyo.policy, "seed": config.run.seed},
+            memo={
+                "esper_run": request.run_id,
+                "task": model,
+                "policy": config.tamiyo.policy,
+                "seed": config.run.seed,
+                **memo,
+            },
             static_summary=f"{config.run.name}: {model}, seed {config.run.seed}, {config.run.max_epochs} epochs",
             static_details=f"`esper-cli watch {request.run_id}` shows this run; policy {config.tamiyo.policy}, "
             f"delivery {config.delivery.mode.value}",

@@ -10,7 +10,6 @@ from esper.commands import output
 from esper.commands.actions import connections
 from esper.contracts.orders import RunRecord
 from esper.errors import NotFoundError
-from esper.errors import RunConflict
 from esper.runtime.logs import read_logs
 from esper.runtime.run_document import RunView
 from esper.runtime.run_document import check_output_folder
@@ -78,24 +77,17 @@ async def output_files(library: Library, store: ObjectStore, view: RunView) -> d
     return files
 
 
-async def export(run_id: str, folder: str | None) -> str:
-    """Write the output folder of a run that has ended; returns its path as it was named.
-
-    Raises `RunConflict` (ESP-504) for a run that has no final model, `ConfigurationError` (ESP-208) for a folder
-    that cannot be written.
-    """
+async def export(run_id: str, folder: str | None) -> str | None:
+    """Write the output folder of a run that has a final model; returns its path as it was named, None for a run
+    that has none. Raises `ConfigurationError` (ESP-208) for a folder that cannot be written."""
     named = folder or f"results/{run_id}"
     async with connections.library() as library:
-        view = await look(require(library, run_id), run_id, None)
-        if view.record.finished is None or library is None:
-            raise RunConflict(
-                "ESP-504",
-                f"run {run_id} is {view.record.outcome.value} and has no final model",
-                hint=f"`esper-cli watch {run_id}` shows when it ends" if not view.ended else None,
-                run_id=run_id,
-            )
+        known = require(library, run_id)
+        view = await look(known, run_id, None)
+        if view.record.finished is None:
+            return None
         path = check_output_folder(named)
-        write_output_folder(path, await output_files(library, connections.store(), view))
+        write_output_folder(path, await output_files(known, connections.store(), view))
     return named
 
 

@@ -9,9 +9,9 @@ from esper.commands.actions.launch import Prepared
 from esper.contracts.operational import LayerGraph
 from esper.runtime.configuration import dump_config
 from esper.runtime.kasmina.lineage import layer_graph
-from esper.runtime.tezzeret.blueprints import cost
-from esper.runtime.tezzeret.blueprints import resolve_hyperparameters
-from esper.runtime.tezzeret.blueprints import site_contract_for
+from esper.runtime.tezzeret.blueprints.registry import cost
+from esper.runtime.tezzeret.blueprints.registry import resolve_hyperparameters
+from esper.runtime.tezzeret.blueprints.registry import site_contract_for
 from esper.runtime.tolaria.data.data_checks import check_task
 from esper.runtime.tolaria.device import choose_device
 from esper.runtime.tolaria.plan import wrapped

@@ -65,7 +65,8 @@ async def _recorded(run_id: str) -> tuple[RunRecord, RecordedRun]:
     # `auto` may mean another number here than on the machine that trained the run, and so other bits.
     threads = record.config.run.model_copy(update={"threads": record.threads or record.config.run.threads})
     config = record.config.model_copy(update={"run": threads})
-    return record, RecordedRun(run_id=run_id, config=config, facts=facts, heads=heads, get=store.get)
+    start = next((each for each in heads if each[0].parent is None), None) if record.lineage is not None else None
+    return record, RecordedRun(run_id=run_id, config=config, facts=facts, heads=heads, get=store.get, start=start)
 
 
 def _write(outcome: Reproduction, expected: str | None, *, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from esper.commands import output
 from esper.commands.actions import connections
 from esper.contracts.enums import AdaptationState
 from esper.contracts.enums import Outcome
+from esper.contracts.orders import Lineage
 from esper.contracts.orders import RunDocument
 from esper.runtime.run_document import RunView
 from esper.runtime.run_document import run_document
@@ -36,6 +37,7 @@ def write_summary(view: RunView, document: RunDocument) -> None:
     pairs: list[tuple[str, object]] = [
         ("run", document.run_id),
         ("outcome", ENDINGS[document.outcome]),
+        ("branch of", None if document.lineage is None else branch_point(document.lineage)),
         ("epochs", f"{document.epochs} of {maximum}, {document.steps} steps"),
         ("device", None if document.device is None else f"{document.device}, {document.threads} threads"),
     ]
@@ -58,6 +60,12 @@ def write_summary(view: RunView, document: RunDocument) -> None:
         output.say(f"warning: {warning}")
     if view.record.failure is not None:
         output.say(f"error[{view.record.failure.get('code')}]: {view.record.failure.get('message')}")
+
+
+def branch_point(lineage: Lineage) -> str:
+    """`run after epoch 12, where wait was decided by hand`."""
+    decided = "" if lineage.decision is None else f", where to {lineage.decision.value} was decided by hand"
+    return f"{lineage.parent} after epoch {lineage.epoch}{decided}"
 
 
 def write_adaptations(adaptations: tuple[Mapping[str, Any], ...]) -> None:

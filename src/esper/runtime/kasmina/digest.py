@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -13,10 +14,13 @@ def weights_digest(model: nn.Module) -> str:
     For each tensor `name\\ndtype\\ncomma-joined shape\\n` in UTF-8 (dtype as `float32`), then its contiguous
     little-endian bytes. Entries that are not tensors are left out. Any device.
     """
+    return tensors_digest({n: t for n, t in model.state_dict().items() if isinstance(t, torch.Tensor)})
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The digest that `weights_digest` gives for a model with these tensors in its `state_dict()`."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor):
-            continue
+    for name, tensor in sorted(tensors.items()):
         shape = ",".join(str(size) for size in tensor.shape)
         digest.update(f"{name}\n{dtype_name(tensor.dtype)}\n{shape}\n".encode())
         digest.update(tensor_bytes(tensor))

@@ -7,7 +7,7 @@ Each verb plans, checks and then applies, so that a refusal leaves model and opt
     ESP-432 the site has not been called yet        ESP-437 not possible in this state of the seed
     ESP-433 the optimizer cannot take it            ESP-438 cannot be unwrapped, saved or cached
     ESP-434 the kernel does not fit the site        ESP-439 the two layers of a pair were called apart
-    ESP-435 weights that are not finite
+    ESP-435 weights that are not finite             ESP-440 replicas would drift apart
 """
 
 import hashlib
@@ -25,13 +25,15 @@ from esper.contracts.enums import SeedState
 from esper.errors import GrowthError
 from esper.errors import NotFoundError
 from esper.runtime.kasmina.bank import Slot
-from esper.runtime.kasmina.bank import kernel_parts
 from esper.runtime.kasmina.cache import kernel_cache
 from esper.runtime.kasmina.growing.fitting import fitting_target
+from esper.runtime.kasmina.growing.fitting import host_weights
 from esper.runtime.kasmina.growing.fitting import measured_birth
 from esper.runtime.kasmina.growing.fitting import site_contract
-from esper.runtime.kasmina.growing.fold import Fold
 from esper.runtime.kasmina.growing.fold import plan_fold
+from esper.runtime.kasmina.growing.folding.changes import Fold
+from esper.runtime.kasmina.growing.optimizer import Optimizers
+from esper.runtime.kasmina.growing.optimizer import checked
 from esper.runtime.kasmina.growing.optimizer import leave
 from esper.runtime.kasmina.growing.optimizer import plan_join
 from esper.runtime.kasmina.growing.slots import free_slot
@@ -42,19 +44,23 @@ from esper.runtime.kasmina.growing.slots import slot_of
 from esper.runtime.kasmina.growing.slots import uproot
 from esper.runtime.kasmina.layer import state_of
 from esper.runtime.kasmina.lifecycle import LIVE
-from esper.runtime.kasmina.wrapping.hosts import host_weight
+from esper.runtime.kasmina.replicas import refuse_replicated
+from esper.runtime.kasmina.wrapping.hosts import host_device
+from esper.runtime.kasmina.wrapping.hosts import own_parameters
 from esper.runtime.kasmina.wrapping.morphable import model_state
 from esper.runtime.kasmina.wrapping.morphable import settle
 from esper.runtime.kasmina.wrapping.morphable import site_named
 from esper.runtime.kasmina.wrapping.morphable import sites_of
+from esper.runtime.kasmina.wrapping.undisturbed import plain_arithmetic
 from esper.runtime.tezzeret.artifact import KernelFiles
 from esper.runtime.tezzeret.artifact import manifest_bytes
-from esper.runtime.tezzeret.blueprints import get_blueprint
-from esper.runtime.tezzeret.blueprints import resolve_hyperparameters
+from esper.runtime.tezzeret.blueprints.registry import get_blueprint
+from esper.runtime.tezzeret.blueprints.registry import resolve_hyperparameters
 from esper.runtime.tezzeret.build import KernelModule
 from esper.runtime.tezzeret.build import build_kernel
 from esper.runtime.tezzeret.build import load_kernel
 from esper.runtime.tezzeret.certify import certify
+from esper.runtime.tezzeret.initialisers import DEFAULT
 
 
 @dataclass(frozen=True)
@@ -75,14 +81,16 @@ class Graft:
     certificate: Certificate | None = None
 
 
+@plain_arithmetic()
 def graft(
     model: nn.Module,
     site: str,
     blueprint: str,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     seed: int | None = None,
     kernel: KernelFiles | KernelModule | str | None = None,
+    initialiser: str | None = None,
     **hyperparameters: Scalar,
 ) -> Graft:
     """Build, certify (in this process) and graft one kernel now, at a step boundary.
@@ -91,27 +99,34 @@ def graft(
     `optimizer`; in `state_dict()` they are `<site>.kasmina.<slot>.<tensor>`. First weights are drawn from a seed
     made of site, slot and generation, and no random generator of the process is touched. `kernel` grafts a stored
     kernel in place of a new one: its files, a loaded one, or the digest of one in this process's kernel cache. A
-    stored kernel whose output is not zero begins at alpha 0.
+    stored kernel whose output is not zero begins at alpha 0. `initialiser` names how first weights are made (the
+    default is `residual`, which without samples of the site is `kaiming`).
 
-    Raises SiteError ESP-314 (unknown site), BlueprintError ESP-421..423 (unknown blueprint or hyperparameter),
-    GrowthError ESP-431..437, NotFoundError ESP-430 (no such kernel), IntegrityError ESP-401..405 (damaged files).
+    Raises SiteError ESP-314 (unknown site), BlueprintError ESP-421..423, ESP-428 (unknown blueprint, hyperparameter or
+    initialiser), GrowthError ESP-431..437, NotFoundError ESP-430 (no such kernel), IntegrityError ESP-401..405
+    (damaged files).
     """
     module = site_named(model, site)
     state = state_of(module)
     get_blueprint(blueprint)
+    if optimizer is not None:
+        checked(optimizer)
     slot = free_slot(state, seed)
+    _check_materialised(model, module)
     if kernel is not None:
-        if hyperparameters:
-            raise GrowthError("ESP-434", "a stored kernel has its hyperparameters", hint="leave them out")
+        if hyperparameters or initialiser is not None:
+            raise GrowthError("ESP-434", "a stored kernel has its hyperparameters and weights", hint="leave them out")
         loaded = _stored(kernel)
         if loaded.manifest.blueprint != blueprint:
             raise GrowthError("ESP-434", f"the stored kernel is a '{loaded.manifest.blueprint}', not a '{blueprint}'")
-        return attach(model, site, loaded, optimizer=optimizer, seed=slot.seed.index, alpha=_birth_alpha(loaded))
+        _, reads, adds = fitting_target(model, module, loaded)
+        alpha = 1.0 if measured_birth(loaded, reads, adds) == 0.0 else 0.0
+        return attach(model, site, loaded, optimizer=optimizer, seed=slot.seed.index, alpha=alpha)
     contract = site_contract(model, site, blueprint)
     if contract.output_site != contract.site:
-        own = contract.attributes["pair_activation"]
-        chosen = hyperparameters.setdefault("activation", str(own))
-        if chosen != own:
+        own = contract.attributes.get("pair_activation")
+        if own is not None and hyperparameters.setdefault("activation", str(own)) != own:
+            chosen = hyperparameters["activation"]
             raise GrowthError("ESP-434", f"the pair that begins at '{site}' has {own} between its layers, not {chosen}")
     resolve_hyperparameters(blueprint, contract, hyperparameters)
     files = build_kernel(
@@ -121,8 +136,11 @@ def graft(
         seed=_weights_seed(slot.seed),
         samples=None,
         max_parameters=TezzeretConfig().max_parameters,
+        max_flops=TezzeretConfig().max_flops,
+        initialiser=initialiser or DEFAULT,
+        host=None if initialiser is None else host_weights(module, sites_of(model)[contract.output_site]),
     )
-    certificate = certify(files, samples=None)
+    certificate = certify(files, samples=None, optimizer=optimizer)
     if not certificate.passed:
         raise GrowthError(
             "ESP-436", f"the kernel for '{site}' failed its certificate: {'; '.join(certificate.failures)}"
@@ -131,12 +149,13 @@ def graft(
     return replace(made, certificate=certificate)
 
 
+@plain_arithmetic()
 def attach(
     model: nn.Module,
     site: str,
     kernel: KernelModule,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     seed: int | None = None,
     adaptation_id: str | None = None,
     step: int | None = None,
@@ -147,17 +166,18 @@ def attach(
     Measured before anything is changed: shapes, finite weights, and that the output stays what it is (unless
     `alpha` is 0). Raises SiteError ESP-314, GrowthError ESP-431..437.
     """
+    refuse_replicated(model, "graft")
     module = site_named(model, site)
     state = state_of(module)
     slot = free_slot(state, seed)
     index = slot.seed.index
     _check_alpha(alpha)
-    target = fitting_target(model, module, kernel)
+    target, reads, adds = fitting_target(model, module, kernel)
     broken = [name for name, tensor in kernel.state_dict().items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise GrowthError("ESP-435", f"the kernel for '{site}' has weights that are not finite: {', '.join(broken)}")
-    device = host_weight(module).device
-    difference = measured_birth(kernel, state, state_of(target))
+    _check_materialised(model, module)
+    difference = measured_birth(kernel, reads, adds)
     if alpha != 0.0 and difference != 0.0:
         raise GrowthError(
             "ESP-436",
@@ -167,11 +187,11 @@ def attach(
     names = [name for name, _ in kernel.named_parameters()]
     full = tuple(f"{state.name}.kasmina.{index}.{name}" for name in names)
     # Parameters stay the objects they are: `.to` of a module moves them in place.
-    kernel.to(device)
+    kernel.to(host_device(model, module))
     newborn = list(zip(full, kernel.parameters(), strict=True))
     join = None
-    if optimizer is not None:
-        host = [(f"{state.name}.{name}", p) for name, p in module.named_parameters() if not name.startswith("kasmina.")]
+    if optimizer is not None and newborn:
+        host = [(f"{state.name}.{name}", p) for name, p in own_parameters(module)]
         join = plan_join(optimizer, host, newborn)
     record = slot.seed
     if record.state is SeedState.DORMANT:
@@ -212,7 +232,7 @@ def cull(
     model: nn.Module,
     site: str,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     seed: int | None = None,
 ) -> None:
     """Remove what is grown at a site, at once: from then on exactly the host's own function, to the bit.
@@ -221,6 +241,7 @@ def cull(
     one generation later. Raises SiteError ESP-314, GrowthError ESP-431 (no such seed), ESP-437 (nothing to remove,
     or already part of the host).
     """
+    refuse_replicated(model, "cull")
     module = site_named(model, site)
     state = state_of(module)
     slots = [slot for slot in state.slots if slot.kernel is not None]
@@ -246,7 +267,7 @@ def fossilize(
     model: nn.Module,
     site: str | None = None,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     seed: int | None = None,
     fold: bool = True,
 ) -> tuple[Seed, ...]:
@@ -256,6 +277,7 @@ def fossilize(
     only marked. Folding `widen` makes the host's own parameters longer, in place; give the `optimizer` that trains
     them, so that its state grows with them. Raises SiteError ESP-314, GrowthError ESP-431, ESP-437.
     """
+    refuse_replicated(model, "fossilize")
     chosen = _live_slots(model, site, seed)
     if site is not None and not chosen:
         raise GrowthError("ESP-437", f"nothing is on probation at '{site}'")
@@ -284,7 +306,7 @@ def fossilize(
     return tuple(slot.seed for _, slot, _ in kept)
 
 
-def fold_all(model: nn.Module, slots: list[tuple[nn.Module, Slot]], optimizer: torch.optim.Optimizer | None) -> None:
+def fold_all(model: nn.Module, slots: list[tuple[nn.Module, Slot]], optimizer: Optimizers | None) -> None:
     """Fold each of these blocks that can be, the last layers first: a pair folds once nothing else needs its width."""
     across = [(m, s) for m, s in slots if s.output_site not in (None, state_of(m).name)]
     within = [(m, s) for m, s in slots if s.output_site in (None, state_of(m).name)]
@@ -293,12 +315,13 @@ def fold_all(model: nn.Module, slots: list[tuple[nn.Module, Slot]], optimizer: t
             continue
         plan = plan_fold(model, module, slot, optimizer)
         if not isinstance(plan, Fold):
+            slot.stays = plan
             continue
         parameters = uproot(module, slot)
         plan.apply(optimizer)
         if optimizer is not None:
             leave(optimizer, parameters)
-        slot.folded = True
+        slot.folded, slot.fold_difference, slot.stays = True, plan.difference, None
         model_state(model).graph = None
 
 
@@ -336,6 +359,15 @@ def _live_slots(model: nn.Module, site: str | None, seed: int | None) -> list[tu
     return [(m, s) for m in modules for s in state_of(m).slots if s.kernel is not None and s.seed.state in LIVE]
 
 
+def _check_materialised(model: nn.Module, module: nn.Module) -> None:
+    if host_device(model, module).type == "meta":
+        raise GrowthError(
+            "ESP-432",
+            f"'{state_of(module).name}' is on the meta device: there is nothing yet to grow beside",
+            hint="materialise the model first (to_empty and load_state_dict)",
+        )
+
+
 def _stored(kernel: KernelFiles | KernelModule | str) -> KernelModule:
     if isinstance(kernel, KernelModule):
         return kernel
@@ -345,11 +377,6 @@ def _stored(kernel: KernelFiles | KernelModule | str) -> KernelModule:
     if held is None:
         raise NotFoundError("ESP-430", f"no kernel {kernel[:19]} is in this process's cache", hint="give its files")
     return held
-
-
-def _birth_alpha(kernel: KernelModule) -> float:
-    parts = kernel_parts(kernel)
-    return 1.0 if parts is None or not bool(parts.up.weight.detach().any()) else 0.0
 
 
 def _check_alpha(alpha: float) -> None:

@@ -1,4 +1,4 @@
-"""The layer that seeds stand beside: dormant it is its own class's forward behind one Python bool."""
+"""The module that seeds stand beside: dormant it is its own class's forward behind one Python bool."""
 
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -16,83 +16,59 @@ from esper.contracts.assets import SiteContract
 from esper.contracts.enums import SeedState
 from esper.errors import GrowthError
 from esper.runtime.kasmina.bank import Slot
-from esper.runtime.kasmina.bank import activate
 from esper.runtime.kasmina.bank import add_seeds
+from esper.runtime.kasmina.digest import dtype_name
+from esper.runtime.kasmina.tap import Tap
+from esper.runtime.kasmina.wrapping.calls import Place
+from esper.runtime.kasmina.wrapping.calls import put_back
+from esper.runtime.kasmina.wrapping.calls import taken
+from esper.runtime.kasmina.wrapping.calls import tensors_in
+from esper.runtime.kasmina.wrapping.geometry import Frame
+from esper.runtime.kasmina.wrapping.hosts import HostKind
 from esper.runtime.kasmina.wrapping.hosts import kind_named
+from esper.runtime.kasmina.wrapping.places import Way
+from esper.runtime.kasmina.wrapping.places import way_to_argument
+from esper.runtime.kasmina.wrapping.places import way_to_output
 
 
 class KasminaLayer:
-    """Mixin of every layer that has seeds; the layer keeps its own type, name and place."""
+    """Mixin of every module that has seeds; the module keeps its own type, name and place."""
 
     _kasmina: "SiteState"
 
 
 class Recorder(Protocol):
-    """Watches the calls of layers for a while; what it returns takes the place of the output."""
+    """Watches the calls of sites for a while; what it returns takes the place of the output."""
 
     def record(self, module: nn.Module, state: "SiteState", x: Tensor, output: Tensor) -> Tensor: ...
 
 
-class Tap:
-    """What the first layer of a pair read, on its way to the second one's output.
-
-    Holds tensors only between the calls of the two layers. Several calls of the first may be open at once
-    (one module in two towers): each call of the second is then matched by its input, which must be the
-    activation of what that call of the first returned.
-    """
-
-    def __init__(self, source: str, target: str, activation: str) -> None:
-        self.source = source
-        self.target = target
-        self.activation = activation
-        self._pending: list[tuple[Tensor, Tensor]] = []
-
-    def push(self, x: Tensor, output: Tensor) -> None:
-        self._pending.append((x, output))
-
-    def pop(self, received: Tensor) -> Tensor:
-        """The input of the first layer's call that led to `received`. Raises GrowthError ESP-439 if there is none."""
-        if len(self._pending) == 1:
-            return self._pending.pop()[0]
-        for index, (_, output) in enumerate(self._pending):
-            if self._leads_to(output, received):
-                return self._pending.pop(index)[0]
-        raise GrowthError(
-            "ESP-439",
-            f"'{self.target}' was called on something that '{self.source}' did not compute, but a block that was "
-            "grown across the two needs both",
-            hint=f"call the layers in pairs, or cull the block at '{self.source}'",
-        )
-
-    def clear(self) -> None:
-        self._pending.clear()
-
-    def _leads_to(self, output: Tensor, received: Tensor) -> bool:
-        if output.shape != received.shape:
-            return False
-        if output.data_ptr() == received.data_ptr():
-            return True
-        with torch.no_grad():
-            return torch.equal(activate(self.activation, output), received)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model begins with no call open.
-        return self.__dict__ | {"_pending": []}
-
-
 @dataclass
 class SiteState:
-    """What one layer knows of its seeds. Plain Python: nothing here is a parameter, a buffer or a module's child."""
+    """What one module knows of its seeds. Plain Python: nothing here is a parameter, a buffer or a module's child."""
 
     name: str
     kind: str
+    frame: Frame
     slots: list[Slot]
     input_shape: tuple[int, ...] | None = None
     output_shape: tuple[int, ...] | None = None
-    """Shapes of one sample, seen in the first forward: the proof that this layer's forward is really called."""
+    """Shapes of one sample, seen in the first forward: the proof that this module's forward is really called."""
+    dtype: str | None = None
+    """The dtype of the output that was seen."""
+    reads_at: Way | None = None
+    returns_at: Way = ()
+    """Where `x` was among the arguments of that call, and the output in what it returned."""
+    called_directly: bool = False
+    """Whether a look at a forward showed that it is not the module but its `forward` that is called."""
+    obstacle: str | None = None
+    """Why nothing can be grown here, as the first forward showed."""
     idle: bool = False
     suspended: bool = False
     live: tuple[Slot, ...] = ()
+    """Seeds that read the input and add to the output."""
+    after: tuple[Slot, ...] = ()
+    """Seeds that read what the output is so far, in the order in which they do."""
     outbound: tuple[Tap, ...] = ()
     inbound: tuple[tuple[Tap, tuple[Slot, ...]], ...] = ()
     recorder: Recorder | None = field(default=None, repr=False)
@@ -103,29 +79,35 @@ class SiteState:
 
     def settle(self) -> None:
         """Work out anew whether the forward has anything to do."""
-        busy = bool(self.live or self.outbound or self.inbound) and not self.suspended
-        self.idle = self.proven and not busy and self.recorder is None
+        busy = bool(self.live or self.after or self.outbound or self.inbound) and not self.suspended
+        known = self.proven or self.obstacle is not None
+        self.idle = known and not busy and self.recorder is None
 
-    def prove(self, x: Tensor, output: Tensor) -> None:
+    def prove(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        """Note what the first forward showed."""
         kind = kind_named(self.kind)
-        self.input_shape = kind.sample_shape(x)
-        self.output_shape = kind.sample_shape(output)
+        self.input_shape = kind.input_shape(module, x)
+        self.output_shape = kind.output_shape(module, output)
+        self.dtype = dtype_name(output.dtype)
+        self.obstacle = None
         self.settle()
 
     def contract(self, module: nn.Module) -> SiteContract | None:
         """The site's contract by the shapes of its first forward; None while there was none."""
         if self.input_shape is None or self.output_shape is None:
             return None
-        return kind_named(self.kind).contract(self.name, module, self.input_shape, self.output_shape)
+        kind = kind_named(self.kind)
+        return kind.contract(self.name, module, self.input_shape, self.output_shape, self.dtype)
 
 
-def new_state(name: str, kind: str, seeds: int) -> SiteState:
+def new_state(name: str, module: nn.Module, kind: HostKind, seeds: int) -> SiteState:
     """A site whose seeds are all dormant."""
-    return SiteState(name, kind, [Slot(Seed(site=name, index=index)) for index in range(seeds)])
+    slots = [Slot(Seed(site=name, index=index)) for index in range(seeds)]
+    return SiteState(name, kind.name, kind.frame(module), slots)
 
 
 def state_of(module: nn.Module) -> SiteState:
-    """The state of a layer that has seeds."""
+    """The state of a module that has seeds."""
     state: SiteState = module.__dict__["_kasmina"]
     return state
 
@@ -142,26 +124,95 @@ def layer_forward(base: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self._kasmina.idle:
             return base_forward(self, *args, **kwargs)
-        return _grown_forward(self, base_forward, args, kwargs)
+        return _watched_forward(self, base_forward, args, kwargs)
 
     return forward
 
 
-def _grown_forward(
+def _watched_forward(
     module: Any, base_forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     state: SiteState = module._kasmina
-    output = base_forward(module, *args, **kwargs)
-    x = args[0] if args else next(iter(kwargs.values()))
+    kind = kind_named(state.kind)
+    before = () if state.proven else _versions(args, kwargs)
+    returned = base_forward(module, *args, **kwargs)
+    place: Place = ()
+    output = returned
+    if not isinstance(returned, Tensor) or not returned.is_floating_point():
+        found = taken(returned)
+        if found is None:
+            return _unfit(state, returned, "it returns no floating tensor")
+        output, place = found
+    if not state.proven and output.is_nested:
+        # Another call may bring an ordinary batch: this one shows nothing yet.
+        return returned
+    x = args[0] if args else None
+    if kind.argument is None or not isinstance(x, Tensor):
+        x = kind.chosen_input(args, kwargs, output)
+    if x is None:
+        return _unfit(state, returned, f"its output {_shown(output)} has the shape of none of its inputs")
     if not state.proven:
-        state.prove(x, output)
-    if not state.suspended:
-        if state.live:
-            output = add_seeds(output, x, state.live)
-        for tap, slots in state.inbound:
-            output = add_seeds(output, tap.pop(x), slots)
-        for tap in state.outbound:
-            tap.push(x, output)
+        if any(tensor is x and tensor._version != version for tensor, version in before):
+            return _unfit(state, returned, "it changes its input in place")
+        state.prove(module, x, output)
+        state.reads_at, state.returns_at = way_to_argument(x, args, kwargs), way_to_output(returned, place)
+    total = output if state.suspended else _grown(state, x, output)
     if state.recorder is not None:
-        output = state.recorder.record(module, state, x, output)
-    return output
+        total = state.recorder.record(module, state, x, total)
+    return returned if total is output else put_back(returned, place, total)
+
+
+def _grown(state: SiteState, x: Tensor, output: Tensor) -> Tensor:
+    """The output with what every seed adds to it."""
+    frame = state.frame
+    if frame.batch_axis or x.dim() <= frame.input_dims:
+        rows = _rows_grown(state, x, output)
+    else:
+        rows = output
+        if state.live:
+            rows = add_seeds(rows, x, state.live)
+        for tap, slots in state.inbound:
+            rows = add_seeds(rows, tap.pop(x), slots)
+        for slot in state.after:
+            rows = add_seeds(rows, rows, (slot,))
+    for tap in state.outbound:
+        tap.push(x, rows)
+    return rows
+
+
+def _rows_grown(state: SiteState, x: Tensor, output: Tensor) -> Tensor:
+    """`_grown` where the batch is not the first axis: kernels read and give (batch, *sample)."""
+    frame = state.frame
+    rows = frame.samples(output, frame.output_dims)
+    if state.live:
+        rows = add_seeds(rows, frame.samples(x, frame.input_dims), state.live)
+    for tap, slots in state.inbound:
+        rows = add_seeds(rows, frame.samples(tap.pop(x), frame.input_dims), slots)
+    for slot in state.after:
+        rows = add_seeds(rows, rows, (slot,))
+    return frame.unsampled(rows, output, frame.output_dims)
+
+
+def _unfit(state: SiteState, returned: Any, obstacle: str) -> Any:
+    """A call in which there is nothing to read or to add to: passed through while nothing is grown there."""
+    busy = (state.live or state.after or state.outbound or state.inbound) and not state.suspended
+    if busy:
+        raise GrowthError(
+            "ESP-434",
+            f"'{state.name}' was called in a way that its seeds cannot follow: {obstacle}",
+            hint="call it as in its first forward, or cull what is grown there",
+        )
+    if not state.proven:
+        state.obstacle = obstacle
+        state.settle()
+    return returned
+
+
+def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Tensor, int], ...]:
+    if torch.compiler.is_compiling():
+        return ()
+    return tuple((t, t._version) for t in tensors_in((*args, *kwargs.values())) if not t.is_inference())
+
+
+def _shown(output: Tensor) -> str:
+    return "(nested)" if output.is_nested else str(tuple(output.shape))

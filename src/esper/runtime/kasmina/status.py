@@ -22,16 +22,22 @@ class SeedStatus:
     born: int | None
     alpha: float = 1.0
     folded: bool = False
+    fold_difference: float | None = None
+    """The largest change of the output that folding it made, measured on a seeded batch; None while not folded."""
+    stays: str | None = None
+    """Why it stays a block although it is kept for good."""
 
 
 @dataclass(frozen=True)
 class SiteStatus:
-    """One layer with its seeds. `proven`: its forward has been seen to be called."""
+    """One module with its seeds. `proven`: its forward has been seen to be called; `obstacle`: why nothing can grow
+    there, as that call showed."""
 
     name: str
     kind: str
     seeds: tuple[SeedStatus, ...]
     proven: bool = True
+    obstacle: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ class ModelStatus:
             resting = len(site.seeds) - len(grown)
             if resting:
                 known = "dormant" if site.proven else "dormant, not called yet"
+                if site.obstacle is not None:
+                    known = f"cannot grow: {site.obstacle}"
                 rows.append((site.name, site.kind, f"{resting} x", known, "-", "-", "-"))
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -82,10 +90,12 @@ def status(model: nn.Module) -> ModelStatus:
                 born=slot.seed.born_step,
                 alpha=slot.alpha,
                 folded=slot.folded,
+                fold_difference=slot.fold_difference,
+                stays=slot.stays,
             )
             for slot in site.slots
         )
-        sites.append(SiteStatus(name, site.kind, seeds, site.proven))
+        sites.append(SiteStatus(name, site.kind, seeds, site.proven, site.obstacle))
     grown = sum(seed.parameters for site in sites for seed in site.seeds)
     total = sum(p.numel() for p in model.parameters())
     return ModelStatus(tuple(sites), total - grown, grown, state.generation)

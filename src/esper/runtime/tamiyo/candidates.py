@@ -10,13 +10,16 @@ from esper.contracts.enums import SeedState
 from esper.contracts.operational import Alternative
 from esper.contracts.operational import SiteNode
 from esper.contracts.orders import ScoreRequest
+from esper.runtime.kasmina.health.scores import evidence_for
+from esper.runtime.kasmina.health.scores import rank
+from esper.runtime.kasmina.health.scores import told
 from esper.runtime.tamiyo.features import HealthView
 from esper.runtime.tamiyo.gates import ended_step
 from esper.runtime.tamiyo.thresholds import threshold
-from esper.runtime.tezzeret.blueprints import cost
-from esper.runtime.tezzeret.blueprints import get_blueprint
-from esper.runtime.tezzeret.blueprints import resolve_hyperparameters
-from esper.runtime.tezzeret.blueprints import site_contract_for
+from esper.runtime.tezzeret.blueprints.registry import cost
+from esper.runtime.tezzeret.blueprints.registry import get_blueprint
+from esper.runtime.tezzeret.blueprints.registry import resolve_hyperparameters
+from esper.runtime.tezzeret.blueprints.registry import site_contract_for
 
 ALTERNATIVES_BYTES = 16_384
 """Room for the alternatives in one decision record, which as a whole is at most about 20 KB."""
@@ -28,13 +31,6 @@ DID_NOT_STAY = (
     AdaptationState.VETOED,
     AdaptationState.STALE,
 )
-EVIDENCE = {"widen": "pair_saturation"}
-"""The node feature that speaks for a blueprint, where it is not `GENERAL_EVIDENCE`. A narrow layer uses all of its
-few directions, and says so by its saturation; the residual gradient never found the planted one."""
-GENERAL_EVIDENCE = "residual_pull"
-"""Speaks for every blueprint that adds capacity beside one layer: what the layer's own input cannot explain
-linearly, a non-linear branch on that input might. Its bare share of the gradient's energy
-(`HealthSignal.residual_gradient`) is 0.8 to 1.0 everywhere once a layer has learned, and ranks nothing."""
 
 
 @dataclass(frozen=True)
@@ -53,26 +49,21 @@ class Candidate:
 
 
 def candidates(request: ScoreRequest, graph: HealthView) -> tuple[Candidate, ...]:
-    """Every configured blueprint at every site that it fits, strongest first.
+    """Every configured blueprint at every site that it fits, strongest first (`rank`). Remaining ties go to module
+    order, then to the order of `tamiyo.blueprints`: the order is total, so equal requests give equal decisions."""
 
-    Convincing pairs come first, among them those with evidence of their own: a narrow layer loses what it cannot
-    carry for everything behind it, so it is repaired before anything is put beside other layers. Then the score
-    relative to its threshold decides. Ties go to the cheaper pair (FLOPs, then parameters), then to module order,
-    then to the order of `tamiyo.blueprints`: the order is total, so equal requests give equal decisions.
-    """
-    ranked = sorted(
-        enumerate(_pairs(request, graph)),
-        key=lambda pair: (
-            not pair[1].convincing,
-            not pair[1].alternative.eligible,
-            pair[1].convincing and pair[1].alternative.blueprint not in EVIDENCE,
-            -pair[1].strength,
-            pair[1].alternative.added_flops_per_sample,
-            pair[1].alternative.added_parameters,
-            pair[0],
-        ),
-    )
-    return tuple(candidate for _, candidate in ranked)
+    def place(candidate: Candidate) -> tuple[bool, bool, bool, float, int, int]:
+        alternative = candidate.alternative
+        return rank(
+            convincing=candidate.convincing,
+            eligible=alternative.eligible,
+            blueprint=alternative.blueprint,
+            strength=candidate.strength,
+            flops=alternative.added_flops_per_sample,
+            parameters=alternative.added_parameters,
+        )
+
+    return tuple(sorted(_pairs(request, graph), key=place))
 
 
 def trimmed(ranked: tuple[Candidate, ...]) -> tuple[Alternative, ...]:
@@ -113,7 +104,7 @@ def _pairs(request: ScoreRequest, graph: HealthView) -> Iterator[Candidate]:
             hyperparameters = resolve_hyperparameters(name, contract, {})
             parameters, flops = cost(name, contract, hyperparameters)
             control = name in controls
-            feature = EVIDENCE.get(name, GENERAL_EVIDENCE)
+            feature = evidence_for(name)
             measured = graph.node(contract.site, feature)
             limit = 0.0 if control else threshold(feature)
             score = 0.0 if control or measured is None else measured
@@ -144,8 +135,7 @@ def _pairs(request: ScoreRequest, graph: HealthView) -> Iterator[Candidate]:
 def _evidence(control: bool, feature: str, score: float, limit: float) -> str:
     if control:
         return "a control: it adds no capacity, so it is grown without evidence"
-    relation = "reaches" if score >= limit else "is below"
-    return f"{feature} {score:.3f} {relation} {limit:.3f}"
+    return told(feature, score, limit)
 
 
 def _obstacle(

@@ -19,10 +19,10 @@ from esper.runtime.tamiyo.graph import build_graph
 from esper.runtime.tamiyo.policies import get_policy
 from esper.runtime.tamiyo.policies import ordering
 from esper.runtime.tamiyo.policies import waiting
-from esper.runtime.tezzeret.blueprints import cost
-from esper.runtime.tezzeret.blueprints import get_blueprint
-from esper.runtime.tezzeret.blueprints import resolve_hyperparameters
-from esper.runtime.tezzeret.blueprints import site_contract_for
+from esper.runtime.tezzeret.blueprints.registry import cost
+from esper.runtime.tezzeret.blueprints.registry import get_blueprint
+from esper.runtime.tezzeret.blueprints.registry import resolve_hyperparameters
+from esper.runtime.tezzeret.blueprints.registry import site_contract_for
 
 PERSON = "person"
 """Stands in `AdaptationDecision.policy` where a person decided."""

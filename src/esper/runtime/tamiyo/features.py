@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from esper.contracts.assets import SiteContract
 from esper.contracts.base import SiteName
 from esper.contracts.enums import AdaptationState
 from esper.contracts.enums import SeedState
@@ -20,6 +19,13 @@ from esper.contracts.operational import HealthSignal
 from esper.contracts.operational import LayerGraph
 from esper.contracts.operational import SiteNode
 from esper.contracts.orders import ScoreRequest
+from esper.runtime.kasmina.health.scores import GROWN
+from esper.runtime.kasmina.health.scores import channels
+from esper.runtime.kasmina.health.scores import pair_saturation
+from esper.runtime.kasmina.health.scores import residual_pull
+from esper.runtime.kasmina.health.scores import signals_by_site
+from esper.runtime.kasmina.health.scores import strongest_pull
+from esper.runtime.kasmina.health.scores import widened_share
 from esper.runtime.tamiyo.slope import improvement_window
 from esper.runtime.tamiyo.slope import losses
 from esper.runtime.tamiyo.slope import relative_improvement
@@ -62,12 +68,8 @@ MEASURED = (
 )
 """Node features that a probe measures or does not: each has a known bit at the end of the row.
 
-`pair_saturation` is the saturation of the layer together with the units that `widen` has put beside it, which
-the probe does not see: they count as unused. `residual_pull` is the residual gradient's share times the site's
-relative pull: residual_gradient_norm per row x sqrt(rows of one sample) x norm of the host's weights, over the
-largest such product of the model. That product is the change of the loss for one sample per relative change of the
-layer, in the direction that its own input cannot explain; unlike the bare norm it stays the same when a layer is
-scaled up and the next one down, and when the probe sees more rows.
+`pair_saturation` and `residual_pull` are those of `kasmina.health.scores`. Unlike the bare norm of the residual
+gradient, the pull stays the same when a layer is scaled up and the next one down, and when the probe sees more rows.
 """
 
 NODE_FEATURES = (*STRUCTURE, *MEASURED, *(f"known.{name}" for name in MEASURED))
@@ -87,8 +89,6 @@ RUN_STRUCTURE = (
 RUN_MEASURED = ("train_improvement", "val_improvement", "val_to_train")
 RUN_FEATURES = (*RUN_STRUCTURE, *RUN_MEASURED, *(f"known.{name}" for name in RUN_MEASURED))
 """Features of the whole run; the last ones are unknown until enough epochs are over."""
-
-GROWN = (SeedState.TRAINING, SeedState.GRAFTING, SeedState.FOSSILIZED)
 
 
 class HealthView(Protocol):
@@ -151,19 +151,12 @@ def describe(request: ScoreRequest) -> HealthFeatures:
     return HealthFeatures(
         sites=sites,
         nodes=tuple(
-            _node_row(node, signals.get(node.contract.site), totals, neighbours, request.pinned) for node in graph.nodes
+            _node_row(node, graph, signals.get(node.contract.site), totals, neighbours, request.pinned)
+            for node in graph.nodes
         ),
         edges=tuple(_edges(graph, {site: index for index, site in enumerate(sites)})),
         run_row=_run_row(request),
     )
-
-
-def signals_by_site(health: Sequence[HealthSignal]) -> dict[SiteName, HealthSignal]:
-    """One signal per site: that of the lowest seed, which is the one of the host layer itself."""
-    signals: dict[SiteName, HealthSignal] = {}
-    for signal in sorted(health, key=lambda signal: signal.seed, reverse=True):
-        signals[signal.site] = signal
-    return signals
 
 
 @dataclass(frozen=True)
@@ -187,10 +180,8 @@ class _Totals:
             depth=max((node.depth for node in graph.nodes), default=0),
             gradient=sum(signal.gradient_norm or 0.0 for signal in signals.values()),
             residual_gradient=sum(signal.residual_gradient_norm or 0.0 for signal in signals.values()),
-            strongest_pull=max(
-                (_pull(node, signals.get(node.contract.site)) or 0.0 for node in graph.nodes), default=0.0
-            ),
-            widths={node.contract.site: _width(node.contract) for node in graph.nodes},
+            strongest_pull=strongest_pull(graph, signals),
+            widths={node.contract.site: channels(node.contract) for node in graph.nodes},
         )
 
 
@@ -208,12 +199,6 @@ class _Neighbours:
             previous={site: tuple(widths[edge.source] for edge in known if edge.target == site) for site in widths},
             next={site: tuple(widths[edge.target] for edge in known if edge.source == site) for site in widths},
         )
-
-
-def _width(contract: SiteContract) -> int:
-    """Channels of the output: the first dimension of a convolution's sample, the last one of any other."""
-    shape = contract.output_shape or (1,)
-    return shape[0] if contract.kind.startswith("conv") else shape[-1]
 
 
 def _log_ratio(width: int, others: Sequence[int]) -> float:
@@ -235,6 +220,7 @@ def _signed_log(value: float) -> float:
 
 def _node_row(
     node: SiteNode,
+    graph: LayerGraph,
     signal: HealthSignal | None,
     totals: _Totals,
     neighbours: _Neighbours,
@@ -242,7 +228,7 @@ def _node_row(
 ) -> tuple[float, ...]:
     contract = node.contract
     slots = len(node.seeds)
-    width = _width(contract)
+    width = channels(contract)
     structure = {
         **{f"kind.{kind}": float(contract.kind == kind) for kind in KINDS},
         "kind.other": float(contract.kind not in KINDS),
@@ -256,7 +242,7 @@ def _node_row(
         "free_slot_share": _share(sum(seed.state is SeedState.DORMANT for seed in node.seeds), slots),
         "grown_slot_share": _share(sum(seed.state in GROWN for seed in node.seeds), slots),
         "begins_widen_pair": float(node.widen_output is not None),
-        "widened_share": _widened_share(node, totals.widths),
+        "widened_share": widened_share(node, graph),
         "pinned": float(contract.site in pinned),
     }
     measured = _measured(node, signal, totals, structure["widened_share"])
@@ -266,26 +252,14 @@ def _node_row(
     )
 
 
-def _widened_share(node: SiteNode, widths: Mapping[SiteName, int]) -> float:
-    """Units that `widen` put beside the layer over all units, the layer's own included. Each unit costs its
-    weights in, its bias and its weights out."""
-    if node.widen_output is None or node.widen_output not in widths:
-        return 0.0
-    per_unit = node.contract.input_shape[-1] + 1 + widths[node.widen_output]
-    grown = sum(seed.parameters for seed in node.seeds if seed.blueprint == "widen" and seed.state in GROWN) / per_unit
-    return grown / (grown + _width(node.contract))
-
-
-def _measured(
-    node: SiteNode, signal: HealthSignal | None, totals: _Totals, widened_share: float
-) -> dict[str, float | None]:
+def _measured(node: SiteNode, signal: HealthSignal | None, totals: _Totals, widened: float) -> dict[str, float | None]:
     if signal is None or signal.rows_seen == 0:
         return dict.fromkeys(MEASURED)
     norm = signal.residual_gradient_norm
     return {
         "saturation": signal.saturation,
-        "pair_saturation": None if signal.saturation is None else signal.saturation * (1.0 - widened_share),
-        "residual_pull": _residual_pull(node, signal, totals),
+        "pair_saturation": pair_saturation(signal, widened),
+        "residual_pull": residual_pull(node, signal, totals.strongest_pull),
         "residual_gradient": signal.residual_gradient,
         "residual_gradient_share": None if norm is None else _share(norm, totals.residual_gradient),
         "gradient_share": None if signal.gradient_norm is None else _share(signal.gradient_norm, totals.gradient),
@@ -296,26 +270,6 @@ def _measured(
         "log_activation_variance": _optional_log(signal.activation_variance),
         "average_correlation": signal.average_correlation,
     }
-
-
-def _pull(node: SiteNode, signal: HealthSignal | None) -> float | None:
-    """How strongly the loss pulls at this site where its own input cannot follow; up to a factor that all sites
-    of one probe share."""
-    if signal is None or signal.rows_seen == 0:
-        return None
-    norm, gradient, relative = signal.residual_gradient_norm, signal.gradient_norm, signal.gradient_to_weight
-    if norm is None or gradient is None or not relative:
-        return None
-    places = math.prod(node.contract.output_shape) / _width(node.contract)
-    pull = norm * math.sqrt(places / signal.rows_seen) * (gradient / relative)
-    return pull if math.isfinite(pull) else None
-
-
-def _residual_pull(node: SiteNode, signal: HealthSignal, totals: _Totals) -> float | None:
-    pull = _pull(node, signal)
-    if pull is None or signal.residual_gradient is None:
-        return None
-    return signal.residual_gradient * _share(pull, totals.strongest_pull)
 
 
 def _optional_log(value: float | None) -> float | None:

@@ -5,31 +5,11 @@ every (site, blueprint) pair grown from one snapshot on the same batches and com
 and at the end; beside them the same tasks with hosts that are large enough.
 """
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """A number and the sentence that defends it."""
-
-    value: float
-    source: str
-
+from esper.runtime.kasmina.health.scores import EVIDENCE_THRESHOLDS
+from esper.runtime.kasmina.health.scores import Threshold
 
 THRESHOLDS: dict[str, Threshold] = {
-    "pair_saturation": Threshold(
-        0.87,
-        "Calibration: the planted layer of width 2 has 0.89 to 0.99 in all of 5 seeds and widening it gains 48 to 64 % "
-        "of the loss; the other layers of that model stay below 0.84 and gain 0 to 7 %. In 22 of 24 states of all "
-        "models the layer with the highest saturation was the best to widen.",
-    ),
-    "residual_pull": Threshold(
-        0.30,
-        "Calibration: where nothing is planted the strongest pull marks the best bottleneck or one close to it (gain "
-        "after the hold .29 of .31 in digits, .24 of .30 in digits-cnn, .42 of .42 in a wide teacher student); digits "
-        "layers below 0.3 gained half as much, and some ended worse. In the planted teacher it marks weak ones (.05 of "
-        ".12): there the saturation decides.",
-    ),
+    **EVIDENCE_THRESHOLDS,
     "learning": Threshold(
         0.10,
         "Calibration: the hosts that are too small fall below it at 20 to 30 % of their run (teacher epoch 6 of 30, "

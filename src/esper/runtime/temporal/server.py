@@ -37,6 +37,7 @@ SEARCH_ATTRIBUTES = {
     "EsperExperiment": "Keyword",
     "EsperPhase": "Keyword",
     "EsperModel": "Keyword",
+    "EsperParent": "Keyword",
     "EsperEpoch": "Int",
     "EsperKernels": "Int",
     "EsperBestMetric": "Double",

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from esper.runtime.tezzeret.operations import Conv2dAttributes
-from esper.runtime.tezzeret.operations import padding_amounts
+from esper.runtime.tezzeret.operations.convolutions import Conv1dAttributes
+from esper.runtime.tezzeret.operations.convolutions import ConvAttributes
+from esper.runtime.tezzeret.operations.convolutions import padding_amounts
 
 MAX_ROWS = 2048
 POOL_PER_UNIT = 2
@@ -52,22 +53,29 @@ def linear_rows(x: Tensor, g: Tensor, generator: torch.Generator) -> Rows:
     return _subsampled(x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]), generator)
 
 
-def conv2d_rows(x: Tensor, g: Tensor, attributes: Conv2dAttributes, generator: torch.Generator) -> Rows:
-    """Rows of a convolution: one per output position, the input is the unfolded patch (channels, height, width)."""
-    (top, bottom), (left, right) = padding_amounts(attributes)
-    mode = "constant" if attributes.padding_mode == "zeros" else attributes.padding_mode
+def convolution_rows(x: Tensor, g: Tensor, attributes: ConvAttributes, generator: torch.Generator) -> Rows:
+    """Rows of a convolution over one or two axes: one per output position, the input is the unfolded patch
+    (channels, *window)."""
     # A few samples hold enough positions: unfolding all of them would take kernel-area times the memory.
-    positions = g.shape[2] * g.shape[3]
-    keep = min(x.shape[0], max(1, math.ceil(8 * MAX_ROWS / positions)))
-    padded = functional.pad(x[:keep].double(), (left, right, top, bottom), mode=mode)
-    patches = functional.unfold(padded, attributes.kernel_size, dilation=attributes.dilation, stride=attributes.stride)
+    keep = min(x.shape[0], max(1, math.ceil(8 * MAX_ROWS / math.prod(g.shape[2:]))))
+    mode = "constant" if attributes.padding_mode == "zeros" else attributes.padding_mode
+    amounts = [amount for pair in reversed(padding_amounts(attributes)) for amount in pair]
+    padded = functional.pad(x[:keep].double(), amounts, mode=mode)
+    window, dilation, stride = attributes.kernel_size, attributes.dilation, attributes.stride
+    if isinstance(attributes, Conv1dAttributes):
+        # Unfolding knows images only: a sequence is one of height one.
+        padded, window, dilation, stride = padded.unsqueeze(2), (1, *window), (1, *dilation), (1, *stride)
+    patches = functional.unfold(padded, window, dilation=dilation, stride=stride)
     flat = patches.transpose(1, 2).reshape(-1, patches.shape[1])
-    return _subsampled(flat, g[:keep].permute(0, 2, 3, 1).reshape(-1, g.shape[1]), generator)
+    return _subsampled(flat, g[:keep].flatten(2).transpose(1, 2).reshape(-1, g.shape[1]), generator)
 
 
-def kaiming_uniform(shape: tuple[int, ...], gain: float, generator: torch.Generator) -> Tensor:
-    """Uniform with variance gain^2 / fan_in (He et al., arXiv 1502.01852), float64."""
-    bound = gain * math.sqrt(3.0 / math.prod(shape[1:]))
+def kaiming_uniform(
+    shape: tuple[int, ...], gain: float, generator: torch.Generator, fan_in: int | None = None
+) -> Tensor:
+    """Uniform with variance gain^2 / fan_in (He et al., arXiv 1502.01852), float64; `fan_in` is by default what one
+    row of a weight (outputs, inputs, *window) sums up."""
+    bound = gain * math.sqrt(3.0 / (math.prod(shape[1:]) if fan_in is None else fan_in))
     draw = torch.rand(shape, generator=generator, device="cpu", dtype=torch.float64)
     return (2.0 * draw - 1.0) * bound
 

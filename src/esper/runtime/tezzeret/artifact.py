@@ -9,11 +9,13 @@ manifest, which names the digest of the weights. Nothing here unpickles. Codes o
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NoReturn
 
 import safetensors.torch
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
@@ -30,6 +32,9 @@ from esper.runtime.tezzeret.module import TORCH_DTYPES
 
 HEADER_BYTES = 64 * 1024
 """More than the header of a safetensors file of the largest graph can take."""
+
+_STORED_DTYPES = {**TORCH_DTYPES, "int64": torch.int64}
+"""Counters of a batch norm are whole numbers."""
 
 
 def digest_of(data: bytes) -> Digest:
@@ -126,7 +131,7 @@ def _check_manifest(manifest: KernelManifest) -> None:
     if site.dtype not in TORCH_DTYPES:
         _refuse("ESP-404", f"manifest contract: dtype {site.dtype!r} is none of {', '.join(TORCH_DTYPES)}")
     declared = {spec.name: (spec.dtype, spec.shape) for spec in manifest.tensors}
-    needed = {name: (site.dtype, shape) for name, shape in typed.tensors().items()}
+    needed = typed.stored(site.dtype)
     if declared != needed or len(declared) != len(manifest.tensors):
         _refuse("ESP-404", f"manifest contract: tensors are {sorted(declared)}, the graph has {sorted(needed)}")
     if manifest.parameter_count != typed.parameter_count:
@@ -134,7 +139,7 @@ def _check_manifest(manifest: KernelManifest) -> None:
             "ESP-404",
             f"manifest contract: {manifest.parameter_count} parameters named, the graph has {typed.parameter_count}",
         )
-    most = 8 * typed.parameter_count + HEADER_BYTES
+    most = 8 * sum(math.prod(shape) for _, shape in needed.values()) + HEADER_BYTES
     if manifest.weights.size_bytes > most:
         _refuse("ESP-402", f"weights of {manifest.weights.size_bytes} bytes are named, the graph needs at most {most}")
 
@@ -147,7 +152,7 @@ def _read_weights(data: bytes) -> dict[str, Tensor]:
 
 
 def _check_tensors(manifest: KernelManifest, tensors: dict[str, Tensor]) -> None:
-    needed = {spec.name: (TORCH_DTYPES[spec.dtype], spec.shape) for spec in manifest.tensors}
+    needed = {spec.name: (_STORED_DTYPES[spec.dtype], spec.shape) for spec in manifest.tensors}
     if tensors.keys() != needed.keys():
         _refuse("ESP-404", f"weights contract: tensors are {sorted(tensors)}, expected {sorted(needed)}")
     for name, tensor in sorted(tensors.items()):

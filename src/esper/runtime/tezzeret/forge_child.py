@@ -31,11 +31,16 @@ from esper.errors import BlueprintError
 from esper.errors import EsperError
 from esper.errors import by_name
 from esper.runtime.tezzeret.artifact import KernelFiles
+from esper.runtime.tezzeret.blueprints.registry import get_blueprint
+from esper.runtime.tezzeret.blueprints.registry import kernel_graph
+from esper.runtime.tezzeret.blueprints.registry import resolve_hyperparameters
 from esper.runtime.tezzeret.forge_jobs import SAMPLES
 from esper.runtime.tezzeret.frames import Message
 from esper.runtime.tezzeret.frames import receive_message
 from esper.runtime.tezzeret.frames import send_message
+from esper.runtime.tezzeret.initialisers import DEFAULT
 from esper.runtime.tezzeret.ir import canonical_json
+from esper.runtime.tezzeret.ir import check_graph
 from esper.runtime.tezzeret.samples import SiteSamples
 from esper.runtime.tezzeret.samples import pack_samples
 
@@ -223,15 +228,28 @@ def build_in_child(
     max_parameters: int,
     timeout_s: float,
     memory_mb: int,
+    max_flops: int | None = None,
+    initialiser: str = DEFAULT,
     server: ForkServer | None = None,
 ) -> KernelFiles:
-    """`build.build_kernel` in a child. Raises as it does, and BlueprintError ESP-424..426."""
+    """`build.build_kernel` in a child. Raises as it does, and BlueprintError ESP-424..426.
+
+    The blueprint's function is called here, where it is registered, and the child gets the graph that it made: what a
+    user wrote is known to this process only, and no child imports anything for it.
+    """
+    resolved = resolve_hyperparameters(blueprint, site, hyperparameters)
+    graph = kernel_graph(blueprint, site, resolved)
+    check_graph(graph, max_parameters=max_parameters, max_flops=max_flops)
     arguments = {
+        "graph": graph.model_dump(mode="json"),
         "blueprint": blueprint,
+        "blueprint_version": get_blueprint(blueprint).version,
         "site": site.model_dump(mode="json"),
-        "hyperparameters": dict(hyperparameters),
+        "hyperparameters": resolved,
         "seed": seed,
+        "initialiser": initialiser,
         "max_parameters": max_parameters,
+        "max_flops": max_flops,
     }
     chosen = server if server is not None else _SERVER
     _, blobs = chosen.run("build", arguments, _packed(samples), timeout_s=timeout_s, memory_mb=memory_mb)

@@ -10,10 +10,11 @@ from esper.contracts.assets import Hyperparameters
 from esper.contracts.assets import SiteContract
 from esper.contracts.config import OptimizerConfig
 from esper.runtime.tezzeret.artifact import KernelFiles
-from esper.runtime.tezzeret.build import build_kernel
+from esper.runtime.tezzeret.build import files_of
 from esper.runtime.tezzeret.certify import certify
 from esper.runtime.tezzeret.frames import Message
 from esper.runtime.tezzeret.ir import canonical_json
+from esper.runtime.tezzeret.ir import parse_graph
 from esper.runtime.tezzeret.samples import SiteSamples
 from esper.runtime.tezzeret.samples import unpack_samples
 
@@ -24,15 +25,19 @@ _HYPERPARAMETERS: TypeAdapter[Hyperparameters] = TypeAdapter(Hyperparameters)
 
 
 def build(header: Mapping[str, Any], blobs: list[bytes]) -> Message:
-    """Header: blueprint, site, hyperparameters, seed, max_parameters. Byte strings: samples, if any. Gives manifest
-    and weights."""
-    files = build_kernel(
-        header["blueprint"],
+    """Header: graph, site, blueprint, blueprint_version, hyperparameters, seed, initialiser, max_parameters,
+    max_flops. Byte strings: samples, if any. Gives manifest and weights. A child knows no blueprints: the graph is what
+    a registered one made, and is checked here by all rules."""
+    graph = parse_graph(header["graph"], max_parameters=header["max_parameters"], max_flops=header["max_flops"])
+    files = files_of(
+        graph,
         SiteContract.model_validate_json(canonical_json(header["site"])),
-        _HYPERPARAMETERS.validate_python(header["hyperparameters"]),
         seed=header["seed"],
         samples=_samples(blobs),
-        max_parameters=header["max_parameters"],
+        blueprint=header["blueprint"],
+        blueprint_version=header["blueprint_version"],
+        hyperparameters=_HYPERPARAMETERS.validate_python(header["hyperparameters"]),
+        initialiser=header["initialiser"],
     )
     return {}, [files.manifest, files.weights]
 

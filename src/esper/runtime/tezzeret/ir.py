@@ -4,8 +4,8 @@ One input `x`, one output, no cycle, operations from `operations.OPERATIONS` onl
 string of a graph is ever imported, evaluated or used as a path. Codes of `BlueprintError`:
 
     ESP-410 unknown operation       ESP-414 shape mismatch         ESP-418 bad or doubled node id
-    ESP-411 cycle                   ESP-415 number of nodes        ESP-419 not of the schema
-    ESP-412 dangling input          ESP-416 parameters over budget ESP-420 not JSON as it must be
+    ESP-411 cycle                   ESP-415 nodes or depth         ESP-419 not of the schema
+    ESP-412 dangling input          ESP-416 over a budget          ESP-420 not JSON as it must be
     ESP-413 not one input, output   ESP-417 attribute out of range
 """
 
@@ -25,13 +25,16 @@ from pydantic import ValidationError
 
 from esper.contracts.base import Contract
 from esper.errors import BlueprintError
-from esper.runtime.tezzeret.operations import MAX_DIMENSION
-from esper.runtime.tezzeret.operations import OPERATIONS
-from esper.runtime.tezzeret.operations import Shape
-from esper.runtime.tezzeret.operations import ShapeError
+from esper.runtime.tezzeret.operations.kinds import MAX_DIMENSION
+from esper.runtime.tezzeret.operations.kinds import Buffer
+from esper.runtime.tezzeret.operations.kinds import Shape
+from esper.runtime.tezzeret.operations.kinds import ShapeError
+from esper.runtime.tezzeret.operations.table import OPERATIONS
 
 INPUT = "x"
-MAX_NODES = 12
+MAX_NODES = 16
+MAX_DEPTH = 12
+"""The most nodes on one way from the input to the output."""
 MAX_JSON_BYTES = 256 * 1024
 MAX_JSON_DEPTH = 64
 MAX_RANK = 8
@@ -76,6 +79,10 @@ class TypedNode:
         """The node's trainable tensors, without the node's name."""
         return OPERATIONS[self.op].tensors(self.attributes, self.shapes)
 
+    def buffers(self) -> Mapping[str, Buffer]:
+        """What the node keeps beside them, without the node's name."""
+        return OPERATIONS[self.op].buffers(self.attributes, self.shapes)
+
 
 @dataclass(frozen=True)
 class TypedGraph:
@@ -90,6 +97,21 @@ class TypedGraph:
     def tensors(self) -> dict[str, Shape]:
         """Every trainable tensor as `<node>.<tensor>` with its shape, in order of the nodes."""
         return {f"{node.id}.{name}": shape for node in self.nodes for name, shape in node.tensors().items()}
+
+    def buffers(self) -> dict[str, Buffer]:
+        """Everything that is kept and not trained, as `<node>.<tensor>`, in order of the nodes."""
+        return {f"{node.id}.{name}": buffer for node in self.nodes for name, buffer in node.buffers().items()}
+
+    def stored(self, dtype: str) -> dict[str, tuple[str, Shape]]:
+        """Everything that a kernel of this dtype stores: the dtype and shape of each tensor and buffer."""
+        tensors = {name: (dtype, shape) for name, shape in self.tensors().items()}
+        buffers = {name: ("int64" if kept.counts else dtype, kept.shape) for name, kept in self.buffers().items()}
+        return tensors | buffers
+
+    @property
+    def reads_ids(self) -> bool:
+        """Whether `x` is whole numbers (the rows of an embedding) and not floating."""
+        return any(INPUT in node.inputs and OPERATIONS[node.op].reads_ids for node in self.nodes)
 
     @property
     def parameter_count(self) -> int:
@@ -116,7 +138,9 @@ def strict_json(data: bytes, *, where: str, limit: int = MAX_JSON_BYTES) -> dict
     return document
 
 
-def parse_graph(source: bytes | Mapping[str, object], *, max_parameters: int | None = None) -> KernelGraph:
+def parse_graph(
+    source: bytes | Mapping[str, object], *, max_parameters: int | None = None, max_flops: int | None = None
+) -> KernelGraph:
     """A graph from outside, by all rules of this module. Raises BlueprintError ESP-410..420."""
     if not isinstance(source, bytes):
         if isinstance(given := source.get("nodes"), list):
@@ -140,12 +164,13 @@ def parse_graph(source: bytes | Mapping[str, object], *, max_parameters: int | N
         first = error.errors(include_url=False, include_input=False)[0]
         place = shown(".".join(str(part) for part in first["loc"]) or "graph")
         _refuse("ESP-419", f"graph at {place}{_node_name(document, first['loc'])}: {first['msg']}")
-    check_graph(graph, max_parameters=max_parameters)
+    check_graph(graph, max_parameters=max_parameters, max_flops=max_flops)
     return graph
 
 
-def check_graph(graph: KernelGraph, *, max_parameters: int | None = None) -> TypedGraph:
-    """Type a graph: all rules, shape inference, budget. Raises BlueprintError ESP-410..418."""
+def check_graph(graph: KernelGraph, *, max_parameters: int | None = None, max_flops: int | None = None) -> TypedGraph:
+    """Type a graph: all rules, shape inference, budgets (`max_flops` is of one sample, forward). Nothing is
+    allocated. Raises BlueprintError ESP-410..418."""
     _check_node_count(len(graph.nodes))
     input_shape = _check_input(graph)
     by_id: dict[str, KernelNode] = {}
@@ -162,20 +187,18 @@ def check_graph(graph: KernelGraph, *, max_parameters: int | None = None) -> Typ
         _refuse("ESP-412", f"graph: output {shown(output)} is no node")
     attributes = {node.id: _check_node(node, by_id) for node in graph.nodes}
     typed: dict[str, TypedNode] = {}
+    depths = {INPUT: 0}
     for node in _ordered(graph.nodes):
         shapes = tuple(input_shape if name == INPUT else typed[name].output for name in node.inputs)
         typed[node.id] = _infer(node, attributes[node.id], shapes)
+        depths[node.id] = 1 + max(depths[name] for name in node.inputs)
+        if depths[node.id] > MAX_DEPTH:
+            _refuse("ESP-415", f"node '{node.id}': {depths[node.id]} nodes deep, the limit is {MAX_DEPTH}")
     if not any(INPUT in node.inputs for node in graph.nodes):
         _refuse("ESP-413", f"graph: no node reads the input '{INPUT}'")
     result = TypedGraph(graph, tuple(typed.values()), input_shape, output, typed[output].output)
-    if max_parameters is not None and result.parameter_count > max_parameters:
-        largest = max(result.tensors(), key=lambda name: math.prod(result.tensors()[name]))
-        _refuse(
-            "ESP-416",
-            f"node '{largest.partition('.')[0]}': the graph has {result.parameter_count} parameters, "
-            f"the budget is {max_parameters}",
-            hint="give a smaller rank or raise tezzeret.max_parameters",
-        )
+    _check_ids(result)
+    _check_budgets(result, max_parameters, max_flops)
     return result
 
 
@@ -189,6 +212,36 @@ def flops_per_sample(graph: KernelGraph) -> int:
     return check_graph(graph).flops_per_sample
 
 
+def _check_ids(typed: TypedGraph) -> None:
+    for node in typed.nodes:
+        ids = OPERATIONS[node.op].reads_ids
+        if ids and node.inputs != (INPUT,):
+            _refuse("ESP-414", f"node '{node.id}': {node.op} reads ids, which only '{INPUT}' can be")
+        if not ids and typed.reads_ids and INPUT in node.inputs:
+            _refuse("ESP-414", f"node '{node.id}': {node.op} reads numbers, '{INPUT}' is ids for another node")
+
+
+def _check_budgets(typed: TypedGraph, max_parameters: int | None, max_flops: int | None) -> None:
+    if max_parameters is not None and typed.parameter_count > max_parameters:
+        sizes = {name: math.prod(shape) for name, shape in typed.tensors().items()}
+        largest = max(sizes, key=lambda name: sizes[name])
+        _refuse(
+            "ESP-416",
+            f"node '{largest.partition('.')[0]}': the graph has {typed.parameter_count} parameters, "
+            f"the budget is {max_parameters}",
+            hint="give a smaller rank or raise tezzeret.max_parameters",
+        )
+    if max_flops is not None and typed.flops_per_sample > max_flops:
+        costs = {n.id: OPERATIONS[n.op].flops(n.attributes, n.shapes, n.output) for n in typed.nodes}
+        largest = max(costs, key=lambda name: costs[name])
+        _refuse(
+            "ESP-416",
+            f"node '{largest}': the graph takes {typed.flops_per_sample} floating point operations a sample, "
+            f"the budget is {max_flops}",
+            hint="give a smaller rank or a larger budget",
+        )
+
+
 def _check_node_count(count: int) -> None:
     if not 1 <= count <= MAX_NODES:
         _refuse("ESP-415", f"graph: {count} nodes, there must be 1 to {MAX_NODES}")
@@ -199,8 +252,8 @@ def _check_input(graph: KernelGraph) -> Shape:
         names = ", ".join(shown(name) for name in sorted(graph.inputs)[:4]) or "none"
         _refuse("ESP-413", f"graph: inputs {names}, there must be exactly one and it is '{INPUT}'")
     shape = graph.inputs[INPUT]
-    if not 1 <= len(shape) <= MAX_RANK:
-        _refuse("ESP-417", f"graph: the input has {len(shape)} dimensions, allowed are 1 to {MAX_RANK}")
+    if len(shape) > MAX_RANK:
+        _refuse("ESP-417", f"graph: the input has {len(shape)} dimensions, allowed are up to {MAX_RANK}")
     if any(not 1 <= size <= MAX_DIMENSION for size in shape) or math.prod(shape) > MAX_ELEMENTS:
         _refuse("ESP-417", f"graph: input shape {shape}: sizes are 1 to {MAX_DIMENSION}, elements up to {MAX_ELEMENTS}")
     return shape
@@ -213,7 +266,8 @@ def _check_node(node: KernelNode, by_id: Mapping[str, KernelNode]) -> Contract:
         hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(OPERATIONS)}"
         _refuse("ESP-410", f"node '{node.id}': unknown operation {shown(node.op)}", hint=hint)
     if len(node.inputs) != operation.arity:
-        _refuse("ESP-412", f"node '{node.id}': {node.op} takes {operation.arity} input, {len(node.inputs)} given")
+        what = "input" if operation.arity == 1 else "inputs"
+        _refuse("ESP-412", f"node '{node.id}': {node.op} takes {operation.arity} {what}, {len(node.inputs)} given")
     for name in node.inputs:
         if name != INPUT and name not in by_id:
             _refuse("ESP-412", f"node '{node.id}': input {shown(name)} is neither '{INPUT}' nor a node")

@@ -15,7 +15,7 @@ MAX_MANIFEST_BYTES = 256 * 1024
 
 
 class TensorSpec(Contract):
-    """One trainable tensor: `<node>.<tensor>`, its dtype as `float32`, its shape."""
+    """One tensor or buffer: `<node>.<tensor>`, its dtype as `float32`, its shape."""
 
     name: str
     dtype: str
@@ -39,6 +39,9 @@ class KernelManifest(Contract):
     """Sorted by name: the order of the weights file."""
     weights: ArtifactRef
     seed: Annotated[int, Field(ge=0)]
-    initialisation: Literal["residual", "kaiming"]
-    """`residual`: the first operation was aligned with the residual functional gradient of shipped samples."""
+    initialisation: str
+    """The initialiser that gave the first weights (`initialisers`), not the one that was asked for: `residual` (the
+    first operation was aligned with the residual functional gradient of shipped samples) falls back to `kaiming`."""
+    preserves: bool = True
+    """False for a baseline that changes the function at birth: such a kernel may only be grafted with alpha 0."""
     parameter_count: Annotated[int, Field(ge=0)]

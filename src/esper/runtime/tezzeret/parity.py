@@ -15,6 +15,8 @@ RELATIVE_TOLERANCE = 1e-3
 """Largest difference of outputs and gradients between compiled and eager, relative to the eager one's largest value.
 Half precision has 8 to 11 bits; it is given the wider bound below."""
 HALF_TOLERANCE = 3e-2
+ROWS = 32
+"""So many rows are enough to compare."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ def c_compiler() -> str | None:
 def compare(module: nn.Module, x: Tensor, g: Tensor) -> Parity:
     """Compile the module for `x` (batch, ...), run forward and backward with output gradient `g`, compare with eager.
 
-    The module's `.grad` fields stay as they are.
+    The module's `.grad` fields stay as they are; running statistics move on, so give a copy where those matter.
+    `x` may be ids.
     """
     if x.device.type == "cpu" and c_compiler() is None:
         return Parity("unavailable", reason="no C++ compiler on this machine")
@@ -47,7 +50,7 @@ def compare(module: nn.Module, x: Tensor, g: Tensor) -> Parity:
         return Parity("unavailable", reason=f"compiling failed: {first[0] if first else type(error).__name__}")
     pairs = list(zip(eager, compiled, strict=True))
     differences = [float((a.double() - b.double()).abs().max()) for a, b in pairs]
-    tolerance = HALF_TOLERANCE if x.element_size() == 2 else RELATIVE_TOLERANCE
+    tolerance = HALF_TOLERANCE if g.element_size() == 2 else RELATIVE_TOLERANCE
     scales = [max(float(a.double().abs().max()), 1e-6) for a, _ in pairs]
     agrees = all(d <= tolerance * scale for d, scale in zip(differences, scales, strict=True))
     return Parity("parity", difference=max(differences), agrees=agrees)
@@ -58,7 +61,8 @@ def _values(module: object, x: Tensor, g: Tensor, parameters: list[nn.Parameter]
     if parameters is None:
         assert isinstance(module, nn.Module)
         parameters = list(module.parameters())
-    leaf = x.detach().clone().requires_grad_(True)
+    leaf = x.detach().clone().requires_grad_(x.is_floating_point())
     output: Tensor = module(leaf)
-    gradients = torch.autograd.grad(output, [leaf, *parameters], g)
+    sources = [leaf, *parameters] if leaf.requires_grad else parameters
+    gradients = torch.autograd.grad(output, sources, g) if sources else ()
     return [output.detach(), *gradients]

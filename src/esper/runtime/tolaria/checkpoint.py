@@ -77,6 +77,7 @@ class Snapshot:
     device: str
     threads: int
     config: EsperConfig
+    data_digest: str | None
     model: dict[str, Tensor]
     optimizer: OptimizerState
     random: RandomState
@@ -94,8 +95,9 @@ class Restored:
     random: RandomState
 
 
-def fingerprint(config: EsperConfig) -> dict[str, JsonValue]:
-    """Every setting that decides over the bits of a run; a resume with others is a conflict."""
+def fingerprint(config: EsperConfig, data_digest: str | None) -> dict[str, JsonValue]:
+    """Every setting that decides over the bits of a run, and the data where its digest is known; a resume with others
+    is a conflict."""
     document = config.model_dump(mode="json")
     sections = ("task", "optimizer", "training", "delivery")
     keys: dict[str, JsonValue] = {f"{name}.{key}": document[name][key] for name in sections for key in document[name]}
@@ -104,7 +106,7 @@ def fingerprint(config: EsperConfig) -> dict[str, JsonValue]:
     keys |= {f"tamiyo.{key}": document["tamiyo"][key] for key in ("hold_epochs", "hold_steps", "keep_margin")}
     for harmless in ("task.path", "training.checkpoint_every"):
         keys.pop(harmless)
-    return keys
+    return keys if data_digest is None else keys | {"data": data_digest}
 
 
 def snapshot(trainee: Trainee, state: RunState) -> Snapshot:
@@ -117,6 +119,7 @@ def snapshot(trainee: Trainee, state: RunState) -> Snapshot:
         device=str(plan.device),
         threads=plan.threads,
         config=plan.config,
+        data_digest=plan.data_digest,
         model={name: tensor.detach().clone().cpu() for name, tensor in _tensors(trainee.model).items()},
         optimizer=capture_optimizer(trainee.optimizer, trainee.model),
         random=capture_random_state(),
@@ -136,7 +139,7 @@ def write(taken: Snapshot, put: Put, each: Each = map) -> ArtifactRef:
         torch_version=str(torch.__version__),
         device=taken.device,
         threads=taken.threads,
-        fingerprint=fingerprint(taken.config),
+        fingerprint=fingerprint(taken.config, taken.data_digest),
         step=taken.step,
         epoch=taken.epoch,
         model=model,
@@ -180,9 +183,11 @@ def restore(manifest: ArtifactRef, fetch: Get) -> Restored:
     )
 
 
-def require_same_recipe(manifest: CheckpointManifest, config: EsperConfig, run_id: str) -> None:
+def require_same_recipe(
+    manifest: CheckpointManifest, config: EsperConfig, data_digest: str | None, run_id: str
+) -> None:
     """Raises `RunConflict` (ESP-502) with the settings that differ from those the checkpoint was made with."""
-    wanted = fingerprint(config)
+    wanted = fingerprint(config, data_digest)
     differing = [
         f"{key} was {json.dumps(manifest.fingerprint.get(key))}, is {json.dumps(wanted.get(key))}"
         for key in sorted(wanted.keys() | manifest.fingerprint.keys())
@@ -204,14 +209,20 @@ def resume(trainee: Trainee, restored: Restored) -> RunState:
     `IntegrityError` (ESP-409) when the model or the optimizer is not the one that the checkpoint was made with.
     """
     manifest = restored.manifest
-    rebuild(trainee.model, manifest.growth)
-    _load(trainee.model, restored.model)
+    restore_model(trainee.model, restored)
     restore_optimizer(trainee.optimizer, trainee.model, restored.optimizer)
     trainee.step = manifest.step
     trainee.completed = manifest.epoch
     trainee.loss_sum.fill_(manifest.state.loss_sum)
     trainee.loss_rows = manifest.state.loss_rows
     return manifest.state
+
+
+def restore_model(model: nn.Module, restored: Restored) -> None:
+    """Put the grown structure and the tensors of a checkpoint onto a freshly wrapped model. Raises `IntegrityError`
+    (ESP-404, ESP-408, ESP-409) when it is not the one that the checkpoint was made with."""
+    rebuild(model, restored.manifest.growth)
+    _load(model, restored.model)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

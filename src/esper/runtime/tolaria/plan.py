@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 
 from esper.contracts.config import EsperConfig
 from esper.contracts.config import KasminaConfig
-from esper.runtime.kasmina.model import Target
 from esper.runtime.kasmina.model import wrap
+from esper.runtime.kasmina.wrapping.targets import Target
 from esper.runtime.kasmina.wrapping.undisturbed import undisturbed
 from esper.runtime.tolaria.data.data_checks import check_task
 from esper.runtime.tolaria.device import choose_device
@@ -54,6 +54,7 @@ class TrainingPlan:
     schedule: Schedule
     steps_per_epoch: int
     model_name: str
+    data_digest: str | None
 
     @property
     def total_steps(self) -> int:
@@ -130,6 +131,7 @@ def _plan(config: EsperConfig, device: torch.device, threads: int, task: Task) -
         schedule=Schedule(config.optimizer.schedule, config.run.max_epochs * steps),
         steps_per_epoch=steps,
         model_name=type(task.model).__name__,
+        data_digest=task.data_digest,
     )
 
 

@@ -40,6 +40,8 @@ class RecordedRun:
     facts: Sequence[Fact]
     heads: Sequence[tuple[HeadRef, ArtifactRef]]
     get: Get
+    start: tuple[HeadRef, ArtifactRef] | None = None
+    """The head that training begins from: that of a branch. Else it begins at step 0."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +120,11 @@ class _Shelf:
 
 @dataclass(frozen=True)
 class _Fresh:
-    """A ledger with every fact and no head: training begins at step 0."""
+    """A ledger with every fact, and no head but that of a branch."""
 
     facts: Sequence[Fact]
-    head: HeadRef | None = None
-    manifest: ArtifactRef | None = None
+    head: HeadRef | None
+    manifest: ArtifactRef | None
     reports: Sequence[EpochReport] = ()
 
     @property
@@ -131,7 +133,7 @@ class _Fresh:
 
 
 def reproduce(recorded: RecordedRun, tick: Callable[[Progress], None]) -> Reproduction:
-    """Train from step 0 to the last recorded head. `tick` is called with progress and may raise to give up.
+    """Train from the beginning to the last recorded head. `tick` is called with progress and may raise to give up.
 
     Raises what a session raises: `TargetError`, `DatasetError` (task or data are not what they were),
     `IntegrityError` (a kernel is gone or damaged), `RunFailed` (training raised).
@@ -141,10 +143,12 @@ def reproduce(recorded: RecordedRun, tick: Callable[[Progress], None]) -> Reprod
     facts = [fact for fact in recorded.facts if fact.apply_step <= ended]
     with TemporaryDirectory(prefix="esper-reproduction-") as folder:
         shelf = _Shelf(recorded, Path(folder))
-        session = Session.load(recorded.config, _Fresh(facts), shelf, commit_at=steps)
+        head, manifest = recorded.start or (None, None)
+        session = Session.load(recorded.config, _Fresh(facts, head, manifest), shelf, commit_at=steps)
         try:
             per_epoch = session.describe().steps_per_epoch
-            for epoch in range(1, -(-ended // per_epoch) + 1):
+            begun = 0 if head is None else head.epoch
+            for epoch in range(begun + 1, -(-ended // per_epoch) + 1):
                 session.train_epoch(EpochRequest(lease=shelf.lease, epoch=epoch), tick)
                 for fact in facts:
                     if fact.kind in VERDICTS.values() and fact.apply_step == epoch * per_epoch:
@@ -154,10 +158,15 @@ def reproduce(recorded: RecordedRun, tick: Callable[[Progress], None]) -> Reprod
             session.close()
         return Reproduction(
             run_id=recorded.run_id,
-            heads=tuple(_compare(recorded.get, shelf.committed, head, manifest) for head, manifest in recorded.heads),
+            heads=tuple(_compare(recorded.get, shelf.committed, *each) for each in _beyond(recorded)),
             digest=digest,
             divergences=tuple(shelf.divergences),
         )
+
+
+def _beyond(recorded: RecordedRun) -> list[tuple[HeadRef, ArtifactRef]]:
+    """The heads that training led to: all but the one it began from."""
+    return [each for each in recorded.heads if recorded.start is None or each[0] != recorded.start[0]]
 
 
 def _compare(

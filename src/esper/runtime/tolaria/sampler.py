@@ -72,11 +72,14 @@ class Batches:
         """One batch of the rows at `indices` (int64, shape (batch,)), in that order, on the device."""
         if self._tensors is not None:
             index = torch.as_tensor(indices, dtype=torch.int64, device=self._device)
-            return [tensor[index] for tensor in self._tensors]
+            # Half the time of indexing, and the same bits.
+            return [tensor.index_select(0, index) for tensor in self._tensors]
         numbers = indices.tolist() if isinstance(indices, Tensor) else indices
         return to_device(self._collate([self._dataset[number] for number in numbers]), self._device)
 
     def peek(self, indices: Tensor | Sequence[int]) -> Any:
         """As `rows`, for looking only: whatever a row draws leaves no trace in the global generators."""
+        if self._tensors is not None:
+            return self.rows(indices)
         with preserved_random_state():
             return self.rows(indices)

@@ -213,6 +213,7 @@ class Session:
                 metrics=final_metrics(run),
                 parameters=run.trainee.parameters,
                 files=export_files(run, shared.store),
+                data_digest=run.trainee.plan.data_digest,
             )
 
     def digest(self) -> str:
@@ -221,8 +222,13 @@ class Session:
 
     def unfinished(self) -> FinishedRun:
         """What is known of a run that ends here without an end result."""
+        trainee = self._shared.run.trainee
         return FinishedRun(
-            head=self._head(), digest=None, metrics={}, parameters=self._shared.run.trainee.parameters, files={}
+            head=self._head(),
+            digest=None,
+            metrics={},
+            parameters=trainee.parameters,
+            data_digest=trainee.plan.data_digest,
         )
 
     def close(self) -> None:
@@ -233,6 +239,7 @@ class Session:
         """Train the epoch whose turn it is. False when it was paused on the way."""
         shared, run = self._shared, self._shared.run
         began, stalled = monotonic(), shared.stall_seconds
+        shared.began = run.step, began
         end = request.epoch * run.trainee.plan.steps_per_epoch
         while run.step < end:
             pass_boundary(shared, pulse)

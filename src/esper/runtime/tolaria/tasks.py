@@ -29,6 +29,8 @@ class Task:
     returns one scalar, the mean over the batch. `metrics(model, batch)` returns tensors, each a mean over the
     batch or one value a row; means over all samples are reported. `optimizer(parameters)` makes the optimizer, else
     the configuration does. `collate(rows)` makes a batch, else `torch.utils.data.default_collate` does.
+    `data_digest` says which data this is, where it may differ from one machine to the next: it is recorded with the
+    run, and a run does not go on with other data.
     """
 
     model: nn.Module
@@ -39,6 +41,7 @@ class Task:
     metrics: Callable[[nn.Module, Any], dict[str, Tensor]] | None = None
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None
     collate: Callable[[list[Any]], Any] | None = None
+    data_digest: str | None = None
 
 
 def load_task(config: TaskConfig, seed: int) -> Task:
@@ -91,6 +94,7 @@ def _task(parts: TaskParts) -> Task:
         loss=parts.loss,
         test=parts.test,
         metrics=parts.metrics,
+        data_digest=parts.data_digest,
     )
 
 

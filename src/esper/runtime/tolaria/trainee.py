@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from esper.runtime.kasmina.telemetry import Telemetry
+from esper.runtime.tolaria.loss_sum import LossSum
 from esper.runtime.tolaria.plan import TrainingPlan
 from esper.runtime.tolaria.recipe import clip_gradients
 from esper.runtime.tolaria.sampler import epoch_permutation
@@ -28,14 +29,11 @@ class Trainee:
     optimizer: Optimizer
     step: int = 0
     completed: int = 0
-    loss_sum: Tensor = field(init=False)
+    loss_sum: LossSum = field(default_factory=LossSum)
     loss_rows: int = 0
     last_loss: Tensor | None = None
-    _order: tuple[int, Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        wide = torch.float32 if self.plan.device.type == "mps" else torch.float64
-        self.loss_sum = torch.zeros((), dtype=wide, device=self.plan.device)
+    _batches: tuple[int, tuple[Tensor, ...]] | None = None
+    """The rows of each batch of one epoch."""
 
     @property
     def parameters(self) -> int:
@@ -47,7 +45,8 @@ class Trainee:
         rows = self._rows()
         batch = plan.train.rows(rows)
         self.optimizer.zero_grad(set_to_none=True)
-        with nullcontext() if telemetry is None else telemetry.step(self.step % plan.steps_per_epoch):
+        ends_epoch = (self.step + 1) % plan.steps_per_epoch == 0
+        with nullcontext() if telemetry is None else telemetry.step(self.step, last=ends_epoch):
             loss = plan.loss(self.model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
         clip_gradients(self.model, plan.config.optimizer.clip)
@@ -55,9 +54,10 @@ class Trainee:
         self.optimizer.step()
         self.step += 1
         self.last_loss = loss.detach()
-        self.loss_sum += self.last_loss * len(rows)
-        self.loss_rows += len(rows)
-        return len(rows)
+        count = len(rows)
+        self.loss_sum.add(self.last_loss, count)
+        self.loss_rows += count
+        return count
 
     def end_epoch(self) -> None:
         """The epoch is over: its losses are forgotten."""
@@ -67,10 +67,10 @@ class Trainee:
 
     def _rows(self) -> Tensor:
         epoch, position = divmod(self.step, self.plan.steps_per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, epoch_permutation(len(self.plan.train), self.plan.config.run.seed, epoch)
-        size = self.plan.config.training.batch_size
-        return self._order[1][position * size : (position + 1) * size]
+        if self._batches is None or self._batches[0] != epoch:
+            order = epoch_permutation(len(self.plan.train), self.plan.config.run.seed, epoch)
+            self._batches = epoch, torch.split(order, self.plan.config.training.batch_size)
+        return self._batches[1][position]
 
 
 def begin(plan: TrainingPlan, model: nn.Module) -> Trainee:

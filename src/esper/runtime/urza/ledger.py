@@ -14,7 +14,6 @@ from sqlalchemy import update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from esper.contracts.assets import ArtifactRef
-from esper.contracts.enums import FactKind
 from esper.contracts.operational import EpochReport
 from esper.contracts.operational import Fact
 from esper.contracts.operational import HeadRef
@@ -242,7 +241,7 @@ async def insert_fact(connection: AsyncConnection, lease: Lease, fact: Fact) -> 
     if fact.run_id != lease.run_id:
         raise ValueError(f"a fact of run {fact.run_id} under the lease of run {lease.run_id}")
     await hold(connection, lease)
-    decides = FactKind.GRAFT if fact.kind is FactKind.MISSED else fact.kind
+    decides = fact.decides
     same = (
         fact_table.c.run_id == fact.run_id,
         fact_table.c.adaptation_id == fact.adaptation_id,

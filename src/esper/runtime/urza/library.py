@@ -27,11 +27,13 @@ from esper.contracts.orders import Lease
 from esper.contracts.orders import RecordOutcome
 from esper.contracts.orders import RecordRun
 from esper.contracts.orders import RunRecord
+from esper.runtime.urza import branches
 from esper.runtime.urza import decisions
 from esper.runtime.urza import kernels
 from esper.runtime.urza import ledger
 from esper.runtime.urza import retention
 from esper.runtime.urza import runs
+from esper.runtime.urza.branches import Branch
 from esper.runtime.urza.decisions import StoredHistory
 from esper.runtime.urza.engine import describe
 from esper.runtime.urza.engine import make_engine
@@ -89,6 +91,11 @@ class Library:
         """Insert the run as RUNNING, or find it; `RunConflict` (ESP-501) if it has another configuration."""
         async with writing(self._engine) as connection:
             return await runs.record_run(connection, request, now)
+
+    async def enter_branch(self, branch: Branch, now: str) -> None:
+        """A run with the past of another; `RunConflict` (ESP-501) when its id is taken."""
+        async with writing(self._engine) as connection:
+            await branches.enter_branch(connection, branch, now)
 
     async def run(self, run_id: str) -> RunRecord:
         """One run; `NotFoundError` (ESP-505) names near run ids."""

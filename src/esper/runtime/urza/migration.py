@@ -25,7 +25,7 @@ from esper.runtime.urza.engine import reading
 from esper.runtime.urza.engine import sqlite_file
 from esper.runtime.urza.engine import writing
 
-REVISION = "0001"
+REVISION = "0002"
 """The revision that `tables` describes: the newest one in ``migrations/versions``."""
 
 _MIGRATION_LOCK = 0x65737065

@@ -1,9 +1,9 @@
 """What must stay: every reference that a record of any run still needs, read from the tables.
 
-Kept of a run's heads are the last two on the line of its present head, the last two that were committed, and the head
-that each decision other than WAIT was taken on. What lies between two kept heads can be trained again from the
-records. Everything else that a record names is kept while the record is: kernels and certificates, output files,
-histories, and the site samples of decisions that may still be built.
+Kept of a run's heads are the last two on the line of its present head, the last two that were committed, the head that
+each decision other than WAIT was taken on, and the head that a branch began with. What lies between two kept heads can
+be trained again from the records. Everything else that a record names is kept while the record is: kernels and
+certificates, output files, histories, and the site samples of decisions that may still be built.
 """
 
 import re
@@ -46,10 +46,13 @@ async def needed(connection: AsyncConnection) -> Needed:
     digests: set[str] = set()
     kept: set[str] = set()
     manifests: dict[str, ArtifactRef] = {}
-    runs = (await connection.execute(select(run_table.c.run_id, run_table.c.head, run_table.c.finished))).all()
+    columns = run_table.c.run_id, run_table.c.head, run_table.c.finished, run_table.c.lineage
+    runs = (await connection.execute(select(*columns))).all()
     for run in runs:
         committed = await ledger.heads(connection, run.run_id)
         manifests |= {item.head.digest: item.manifest for item in committed}
+        if run.lineage is not None:
+            kept |= {item.head.digest for item in committed if item.head.parent is None}
         kept |= _last_heads(committed, run.head) | await _decided_on(connection, run.run_id)
         if run.finished is not None:
             digests |= {ref.digest for ref in run.finished.files.values()}

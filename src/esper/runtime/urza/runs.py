@@ -115,6 +115,7 @@ def _record(row: Row[Any]) -> RunRecord:
         divergences=row.divergences,
         warnings=tuple(row.warnings),
         failure=row.failure,
+        lineage=row.lineage,
     )
 
 

@@ -40,6 +40,7 @@ from esper.contracts.operational import EpochReport
 from esper.contracts.operational import Fact
 from esper.contracts.operational import JudgeReport
 from esper.contracts.orders import FinishedRun
+from esper.contracts.orders import Lineage
 
 ContractT = TypeVar("ContractT", bound=Contract)
 
@@ -113,6 +114,7 @@ runs = Table(
     Column("restarts", Integer, nullable=False, server_default="0"),
     Column("warnings", JSON, nullable=False),
     Column("failure", JSON(none_as_null=True)),
+    Column("lineage", Document(Lineage)),
 )
 
 heads = Table(

@@ -6,6 +6,7 @@ from esper.contracts.assets import Seed
 from esper.contracts.enums import SeedState
 from esper.errors import GrowthError
 from esper.runtime.kasmina.bank import Slot
+from esper.runtime.kasmina.bank import floating_dtype
 from esper.runtime.kasmina.bank import kernel_parts
 from esper.runtime.kasmina.layer import SiteState
 from esper.runtime.kasmina.lifecycle import advance
@@ -23,7 +24,9 @@ def plant(module: nn.Module, slot: Slot, kernel: KernelModule, *, manifest: str,
     slot.kernel = kernel
     slot.kernel_parts = kernel_parts(kernel)
     slot.manifest = manifest
+    slot.dtype = floating_dtype(kernel)
     slot.output_site = kernel.manifest.site.output_site
+    slot.reads = kernel.manifest.site.reads
     slot.alpha = alpha
     slot.folded = slot.joined = False
     slot.newborn = True
@@ -38,7 +41,7 @@ def uproot(module: nn.Module, slot: Slot) -> list[nn.Parameter]:
     del container[str(slot.seed.index)]
     if not len(container):
         del module._modules["kasmina"]
-    slot.kernel = slot.kernel_parts = None
+    slot.kernel = slot.kernel_parts = slot.dtype = None
     return parameters
 
 
@@ -80,6 +83,7 @@ def reset(slot: Slot) -> None:
     """Free a slot whose kernel is gone, one generation later."""
     record = moved(moved(slot.seed, SeedState.CULLED), SeedState.DORMANT)
     slot.seed = Seed(site=record.site, index=record.index, generation=record.generation + 1)
-    slot.manifest = slot.output_site = None
+    slot.manifest = slot.output_site = slot.stays = None
+    slot.reads = "input"
     slot.alpha = 1.0
     slot.newborn = True

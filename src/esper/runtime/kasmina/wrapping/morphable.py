@@ -14,13 +14,13 @@ from torch import nn
 
 from esper.contracts.operational import LayerGraph
 from esper.errors import SiteError
-from esper.runtime.kasmina.bank import IDENTITY
 from esper.runtime.kasmina.bank import Slot
 from esper.runtime.kasmina.layer import KasminaLayer
 from esper.runtime.kasmina.layer import Recorder
 from esper.runtime.kasmina.layer import SiteState
-from esper.runtime.kasmina.layer import Tap
 from esper.runtime.kasmina.layer import state_of
+from esper.runtime.kasmina.tap import Tap
+from esper.runtime.kasmina.wrapping.compiled import make_room_for_recompilation
 from esper.runtime.kasmina.wrapping.fused import leave_fused_paths
 from esper.runtime.kasmina.wrapping.swap import swap_back
 
@@ -43,6 +43,10 @@ class ModelState:
     generation: int = 0
     graph: LayerGraph | None = None
     """The dataflow between the sites, once it has been seen."""
+    pair_refusals: dict[str, str] = field(default_factory=dict)
+    """Why layers begin no pair between which units can be added, as that forward showed it."""
+    read_elsewhere: frozenset[str] | None = None
+    """Sites whose weights are read outside of their own forward too; None while that has not been seen."""
     suspended: bool = False
     fused: dict[str, Any] = field(default_factory=dict)
     guards: list[Any] = field(default_factory=list)
@@ -92,20 +96,22 @@ def settle(model: nn.Module) -> None:
         site = state_of(module)
         site.suspended = state.suspended
         speaking = [s for s in site.slots if s.kernel is not None and s.alpha != 0.0]
-        site.live = tuple(s for s in speaking if s.output_site in (None, name))
+        within = [s for s in speaking if s.output_site in (None, name)]
+        site.live = tuple(s for s in within if s.reads == "input")
+        site.after = tuple(s for s in within if s.reads == "output")
         across: dict[str, list[Slot]] = {}
         for slot in speaking:
             if slot.output_site not in (None, name):
                 across.setdefault(str(slot.output_site), []).append(slot)
         for target, slots in across.items():
             parts = slots[0].kernel_parts
-            activation = IDENTITY if parts is None else parts.activation
+            activation = None if parts is None else parts.activation
             tap = Tap(name, target, activation)
             taps.append(tap)
             outbound.setdefault(name, []).append(tap)
             inbound.setdefault(target, []).append((tap, tuple(slots)))
             busy |= {name, target}
-        if site.live or site.recorder is not None:
+        if within or site.recorder is not None:
             busy.add(name)
     for name, module in sites.items():
         site = state_of(module)
@@ -115,6 +121,7 @@ def settle(model: nn.Module) -> None:
     recorded = {name for name, module in sites.items() if state_of(module).recorder is not None}
     leave_fused_paths(model, recorded if state.suspended else busy, state.fused)
     release_guards(state)
+    make_room_for_recompilation(model)
     if taps:
         # Only a call that breaks off between the two layers of a pair leaves anything to be cleared.
         state.guards = [

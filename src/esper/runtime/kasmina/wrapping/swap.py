@@ -8,7 +8,9 @@ import dis
 import functools
 import inspect
 import types
+from collections import OrderedDict
 from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -17,6 +19,9 @@ from esper.errors import SiteError
 
 ForwardOver = Callable[[type[nn.Module]], Callable[..., Any]]
 """Makes the overriding forward of a swapped class over its base."""
+
+CHILD = "kasmina"
+"""The child of a site that holds what is grown there."""
 
 _MIXED: dict[tuple[type, type], type[nn.Module]] = {}
 """Every dynamic class that was made: one for each class and mixin, so that copies of a layer keep one type."""
@@ -77,8 +82,30 @@ def mixed_class(base: type[nn.Module], mixin: type, forward: ForwardOver | None)
     }
     if forward is not None:
         namespace["forward"] = functools.wraps(base.forward)(forward(base))
+        if issubclass(base, nn.Sequential):
+            namespace |= _items_without(base, CHILD)
     made = types.new_class(base.__name__, (base, mixin), exec_body=lambda ns: ns.update(namespace))
     return _MIXED.setdefault((base, mixin), made)
+
+
+def _items_without(base: type[nn.Module], child: str) -> dict[str, Any]:
+    """What makes a Sequential with one more child go on being the sequence of its own modules."""
+
+    def items(self: nn.Module) -> list[tuple[str, Any]]:
+        return [(name, module) for name, module in self._modules.items() if name != child]
+
+    def __iter__(self: nn.Module) -> Iterator[Any]:
+        return iter([module for _, module in items(self)])
+
+    def __len__(self: nn.Module) -> int:
+        return len(items(self))
+
+    def __getitem__(self: nn.Module, index: Any) -> Any:
+        if isinstance(index, slice):
+            return base(OrderedDict(items(self)[index]))
+        return items(self)[index][1]
+
+    return {"__iter__": __iter__, "__len__": __len__, "__getitem__": __getitem__}
 
 
 def rebuild(base: type[nn.Module], mixin: type, forward: ForwardOver | None) -> nn.Module:

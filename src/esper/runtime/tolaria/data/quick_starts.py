@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from esper.runtime.tolaria.data.cifar import CIFAR100
 from esper.runtime.tolaria.data.cifar import CifarForm
 from esper.runtime.tolaria.data.cifar import load_cifar
 from esper.runtime.tolaria.data.digits import load_digits_splits
+from esper.runtime.tolaria.data.small_gpt import SmallGPT
+from esper.runtime.tolaria.data.source_text import VOCABULARY
+from esper.runtime.tolaria.data.source_text import read_source_text
+from esper.runtime.tolaria.data.source_text import windows
 
 Batch = Any
 Split = tuple[Tensor, Tensor]
@@ -26,7 +31,10 @@ Split = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class TaskParts:
-    """A task whose model is not drawn yet: `model()` draws it from the global generators."""
+    """A task whose model is not drawn yet: `model()` draws it from the global generators.
+
+    `data_digest` is that of the data, where it may differ from one machine to the next.
+    """
 
     model: Callable[[], nn.Module]
     train: Dataset[Any]
@@ -34,6 +42,7 @@ class TaskParts:
     test: Dataset[Any]
     loss: Callable[[nn.Module, Batch], Tensor]
     metrics: Callable[[nn.Module, Batch], dict[str, Tensor]] | None = None
+    data_digest: str | None = None
 
 
 class Layered(nn.Module):
@@ -71,6 +80,23 @@ def regression_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Mean squared error over all elements."""
     x, y = batch
     return functional.mse_loss(model(x), y)
+
+
+def sequence_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross entropy of logits (batch, places, symbols) against symbols (batch, places), in nats."""
+    x, y = batch
+    return functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+
+def sequence_metrics(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """`bits_per_character` and `accuracy` of the next symbol: for each row its mean over all places."""
+    x, y = batch
+    logits = model(x)
+    nats = functional.cross_entropy(logits.transpose(1, 2), y, reduction="none")
+    return {
+        "bits_per_character": nats.mean(dim=1) / log(2.0),
+        "accuracy": (logits.argmax(dim=2) == y).float().mean(dim=1),
+    }
 
 
 def digits(*, path: str | None = None, seed: int = 0, hidden: int = 10) -> TaskParts:
@@ -142,6 +168,33 @@ def teacher(*, path: str | None = None, seed: int = 0, teacher_seed: int | None 
     )
 
 
+def charlm(
+    *,
+    path: str | None = None,
+    seed: int = 0,
+    context: int = 64,
+    width: int = 48,
+    heads: int = 4,
+    layers: int = 1,
+    hidden: int = 2,
+) -> TaskParts:
+    """The next character of the standard library's source, by a small GPT whose perceptron is far too narrow:
+    `hidden` units between layers of `width`, where GPT-2 has four times `width`.
+
+    `path` names another folder with the same modules. A row is `context` characters; files, not rows, are split
+    into train, validation and test (`source_text.MODULES`).
+    """
+    text = read_source_text(None if path is None else Path(path))
+    train, validation, test = (
+        TensorDataset(*windows(list(part.values()), context)) for part in (text.train, text.validation, text.test)
+    )
+
+    def model() -> nn.Module:
+        return SmallGPT(vocabulary=VOCABULARY, context=context, width=width, heads=heads, layers=layers, hidden=hidden)
+
+    return TaskParts(model, train, validation, test, sequence_loss, sequence_metrics, text.digest)
+
+
 def _classification(model: Callable[[], nn.Module], train: Split, validation: Split, test: Split) -> TaskParts:
     return TaskParts(
         model=model,
@@ -188,6 +241,7 @@ PACKAGED_TASKS: Mapping[str, Callable[..., TaskParts]] = {
     "digits": digits,
     "digits-cnn": digits_cnn,
     "teacher": teacher,
+    "charlm": charlm,
     "cifar10": cifar10,
     "cifar100": cifar100,
 }

@@ -1,6 +1,7 @@
 """Closing an epoch: everything is measured first, then the state moves at once, then report and head are committed."""
 
 from concurrent.futures import Future
+from functools import partial
 from time import monotonic
 
 from esper.contracts.assets import ArtifactRef
@@ -8,8 +9,12 @@ from esper.contracts.enums import FactKind
 from esper.contracts.operational import EpochReport
 from esper.contracts.operational import Fact
 from esper.contracts.operational import HeadRef
-from esper.runtime.kasmina.probe import ProbeResult
-from esper.runtime.kasmina.probe import probe
+from esper.contracts.operational import HealthSignal
+from esper.runtime.kasmina.health.window import Reading
+from esper.runtime.kasmina.probe import ProbeCapture
+from esper.runtime.kasmina.probe import capture
+from esper.runtime.tezzeret.blueprints.registering import TABLE
+from esper.runtime.tezzeret.blueprints.registry import get_blueprint
 from esper.runtime.tolaria.live.epoch_end import measure_epoch
 from esper.runtime.tolaria.live.epoch_end import watch_early_stop
 from esper.runtime.tolaria.live.live_run import LiveRun
@@ -33,19 +38,19 @@ def close_epoch(
     waited = shared.stall_seconds - stall_seconds
     metrics = measure_epoch(run.trainee, lambda: phase("validating"))
     epoch = run.trainee.completed + 1
-    probed = _probe(run, epoch) if expects_decision and _can_grow(run, shared) else None
+    probed = _probe(run) if expects_decision and _can_grow(run, shared) else None
     looked = run.look()
-    watched = watch_early_stop(run.trainee, looked, metrics, held=looked.held is not None)
-    stop = watched.early_stop.stopped_epoch == epoch
+    seen = watch_early_stop(run.trainee, looked, metrics, held=looked.held is not None)
+    stop = seen.early_stop.stopped_epoch == epoch
     if stop:
         fact = shared.record(
-            _stop_fact(run, f"no better {_watched_name(run)} since epoch {watched.early_stop.best_epoch}")
+            _stop_fact(run, f"no better {_watched_name(run)} since epoch {seen.early_stop.best_epoch}")
         )
-    run.state = watched
+    run.state = seen
     if stop:
         run.execute(fact)
     run.count_flops()
-    telemetry = run.telemetry.read(epoch=epoch, step=run.step)
+    watched = run.telemetry.take()
     state = run.state
     held = state.held
     learning_rate = float(run.trainee.optimizer.param_groups[0]["lr"])
@@ -69,7 +74,7 @@ def close_epoch(
             busy_seconds=max(0.0, busy),
             stall_seconds=waited,
             graph=graph,
-            health=telemetry if probed is None else probed.signals,
+            health=_health(watched, probed, epoch, head.step),
             site_samples=site_samples,
             held_adaptation=None if held is None else held.fact.adaptation_id,
             facts=state.executed[state.reported :],
@@ -78,15 +83,34 @@ def close_epoch(
 
     run.trainee.end_epoch()
     run.state = state.model_copy(update={"reported": len(state.executed), "training_flops": 0.0, "probe_flops": 0.0})
-    return run.commit(make_report, None if probed is None else probed.samples)
+    return run.commit(make_report, None if probed is None else partial(probed.samples, outputs=_wants_outputs(run)))
 
 
-def _probe(run: LiveRun, epoch: int) -> ProbeResult:
+def _probe(run: LiveRun) -> ProbeCapture:
+    """Takes only: what is measured of it is measured on the writer's thread, while training goes on."""
     plan, model = run.trainee.plan, run.trainee.model
     batch = plan.train.peek(plan.probed)
-    found = probe(model, lambda: plan.loss(model, batch), epoch=epoch, step=run.step)
+    taken = capture(model, lambda: plan.loss(model, batch))
     run.count_probe(len(plan.probed) * run.meter.cost(run.trainee).training)
-    return found
+    return taken
+
+
+def _health(watched: Reading, probed: ProbeCapture | None, epoch: int, step: int) -> tuple[HealthSignal, ...]:
+    """The probe's signals, with what only an optimizer step can tell: that of the last step of the epoch, so that
+    they are the same in a run that was resumed within the epoch. Without a probe, what telemetry saw."""
+    if probed is None:
+        return watched.signals(epoch=epoch, step=step)
+    updates = watched.updates()
+    return tuple(
+        signal.model_copy(update={"update_to_weight": updates.get(signal.site)})
+        for signal in probed.signals(epoch=epoch, step=step)
+    )
+
+
+def _wants_outputs(run: LiveRun) -> bool:
+    """Whether a blueprint that may be ordered reads what a site gives."""
+    names = run.trainee.plan.config.tamiyo.blueprints
+    return any(TABLE[get_blueprint(name).name].reads == "output" for name in names)
 
 
 def _can_grow(run: LiveRun, shared: SharedRun) -> bool:

@@ -1,12 +1,9 @@
 """The end of a run: what the final model is worth, and its files."""
 
-import tempfile
-from pathlib import Path
-
 import torch
 
 from esper.contracts.assets import ArtifactRef
-from esper.runtime.kasmina.keeping.persistence import save
+from esper.runtime.kasmina.keeping.persistence import saved_files
 from esper.runtime.tolaria.evaluation import evaluate
 from esper.runtime.tolaria.live.live_run import LiveRun
 from esper.runtime.tolaria.store import SessionStore
@@ -28,6 +25,4 @@ def final_metrics(run: LiveRun) -> dict[str, float]:
 
 def export_files(run: LiveRun, store: SessionStore) -> dict[str, ArtifactRef]:
     """Store the files that `esper.save` writes; file name to where its bytes lie."""
-    with tempfile.TemporaryDirectory(prefix="esper-export-") as folder:
-        save(run.trainee.model, folder)
-        return {path.name: store.put(path.read_bytes()) for path in sorted(Path(folder).iterdir())}
+    return {name: store.put(data) for name, data in sorted(saved_files(run.trainee.model).items())}

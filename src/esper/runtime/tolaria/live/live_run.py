@@ -1,7 +1,6 @@
 """The run as the one thread that has the turn sees it: model, state, and the facts that change both."""
 
 from collections.abc import Callable
-from collections.abc import Mapping
 from concurrent.futures import Future
 
 from esper.contracts.enums import FactKind
@@ -12,7 +11,6 @@ from esper.contracts.operational import LayerGraph
 from esper.runtime.kasmina.lineage import layer_graph
 from esper.runtime.kasmina.telemetry import Telemetry
 from esper.runtime.tezzeret.build import KernelModule
-from esper.runtime.tezzeret.samples import SiteSamples
 from esper.runtime.tolaria.checkpoint import restore
 from esper.runtime.tolaria.checkpoint import snapshot
 from esper.runtime.tolaria.evaluation import chunk_losses
@@ -29,6 +27,7 @@ from esper.runtime.tolaria.live.twin import train_twin
 from esper.runtime.tolaria.live.writer import Committed
 from esper.runtime.tolaria.live.writer import HeadWriter
 from esper.runtime.tolaria.live.writer import ReportMaker
+from esper.runtime.tolaria.live.writer import SampleMaker
 from esper.runtime.tolaria.randomness import restore_random_state
 from esper.runtime.tolaria.store import SessionStore
 from esper.runtime.tolaria.trainee import Trainee
@@ -96,9 +95,7 @@ class LiveRun:
         """Compute that is not training of the live model."""
         self.state = self.state.model_copy(update={"probe_flops": self.state.probe_flops + flops})
 
-    def commit(
-        self, report: ReportMaker | None = None, samples: Mapping[str, SiteSamples] | None = None
-    ) -> Future[Committed]:
+    def commit(self, report: ReportMaker | None = None, samples: SampleMaker | None = None) -> Future[Committed]:
         """Copy the run and hand it to the writer, which must be idle."""
         self.count_flops()
         held = self.state.held

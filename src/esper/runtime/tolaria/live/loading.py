@@ -58,7 +58,7 @@ def load_run(config: EsperConfig, ledger: Ledger, store: SessionStore) -> Loaded
     warnings: tuple[str, ...] = no_compiler(config.tezzeret, plan.device)
     if ledger.manifest is not None and ledger.head is not None:
         restored = restore(ledger.manifest, store.get)
-        require_same_recipe(restored.manifest, config, run_id)
+        require_same_recipe(restored.manifest, config, plan.data_digest, run_id)
         state, random = resume(trainee, restored), restored.random
         last = Committed(ledger.head, ledger.manifest)
         warnings = (*warnings, *_other_bits(restored.manifest, plan), *compile_grown(trainee, lambda: None))

@@ -5,6 +5,7 @@ from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from dataclasses import field
+from math import ceil
 from time import monotonic
 
 from esper.contracts.operational import Fact
@@ -18,6 +19,9 @@ from esper.runtime.tolaria.live.writer import Committed
 from esper.runtime.tolaria.store import SessionStore
 
 POLL_SECONDS = 0.25
+
+HEADWAY_SECONDS = 0.1
+"""Recording a fact takes less, also on a busy disk: so far ahead of training is a step that is chosen for one."""
 
 Phase = Callable[[str], None]
 """Beats, if it is time, with the name of what is going on."""
@@ -38,6 +42,8 @@ class SharedRun:
     prepared: dict[str, KernelModule] = field(default_factory=dict)
     requests: list[Future[HeadRef]] = field(default_factory=list)
     stall_seconds: float = 0.0
+    began: tuple[int, float] | None = None
+    """Step and monotonic second at which the last order to train began."""
 
     def record(self, fact: Fact) -> Fact:
         """Insert a fact, or find what rules in its place. Called without the lock: it blocks."""
@@ -75,5 +81,15 @@ class SharedRun:
         return committed
 
     def chosen_step(self) -> int:
-        """The first boundary beyond the frontier that training has not come to. The caller holds the lock."""
-        return max(self.book.frontier, self.passed, self.run.step - 1) + 1
+        """A boundary beyond the frontier that training will come to once a fact for it has been recorded, so that it
+        need not wait there; while nothing trains, the next one. The caller holds the lock."""
+        return max(self.book.frontier, max(self.passed, self.run.step - 1) + self._headway()) + 1
+
+    def _headway(self) -> int:
+        """The steps that training takes in `HEADWAY_SECONDS` at its present pace; half an epoch at most."""
+        if self.began is None or not self.turn.held:
+            return 0
+        step, since = self.began
+        pace = (self.run.step - step) / max(1e-9, monotonic() - since)
+        most = self.run.trainee.plan.steps_per_epoch // 2
+        return max(1, min(most, ceil(HEADWAY_SECONDS * pace)))

@@ -75,8 +75,9 @@ def graft(trainee: Trainee, state: RunState, fact: Fact, kernel: KernelModule) -
     """
     site, seed = place_of(fact)
     output_site = kernel.manifest.site.output_site
+    rows = trainee.plan.train.peek(trainee.plan.probed[:BIRTH_ROWS])
     try:
-        before = _outputs(trainee, output_site)
+        before = _outputs(trainee, output_site, rows)
         growth.attach(
             trainee.model,
             site,
@@ -89,7 +90,7 @@ def graft(trainee: Trainee, state: RunState, fact: Fact, kernel: KernelModule) -
     except EsperError as error:
         return state, f"rejected: {error.message}"
     held = state.model_copy(update={"held": HeldGraft(fact=fact)})
-    changed = _largest_change(before, _outputs(trainee, output_site))
+    changed = _largest_change(before, _outputs(trainee, output_site, rows))
     return held, None if changed == 0.0 else f"rejected: its birth changed the output by {changed:.3g}"
 
 
@@ -150,13 +151,12 @@ def end_ramps(trainee: Trainee, state: RunState) -> RunState:
     return state.model_copy(update={"ramps": tuple(ramp for ramp in state.ramps if ramp not in ended)})
 
 
-def _outputs(trainee: Trainee, site: str) -> list[Tensor]:
+def _outputs(trainee: Trainee, site: str, rows: Any) -> list[Tensor]:
     """What the site's layer puts out for some rows, and their loss."""
-    plan, model = trainee.plan, trainee.model
-    batch = plan.train.peek(plan.probed[:BIRTH_ROWS])
+    model = trainee.model
     outputs: list[Tensor] = []
     with undisturbed(model), torch.no_grad(), _watched(site_named(model, site), outputs):
-        outputs.append(plan.loss(model, batch).detach())
+        outputs.append(trainee.plan.loss(model, rows).detach())
     return outputs
 
 

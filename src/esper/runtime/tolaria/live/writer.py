@@ -16,7 +16,10 @@ from esper.runtime.tolaria.checkpoint import write
 from esper.runtime.tolaria.store import SessionStore
 
 ReportMaker = Callable[[HeadRef, ArtifactRef | None], EpochReport]
-"""Makes the report once its head, and the artifact with the site samples, are known."""
+"""Makes the report once its head, and the artifact with the site samples, are known. Called on the writer's thread."""
+
+SampleMaker = Callable[[], Mapping[str, SiteSamples]]
+"""Brings the site samples from the device to the CPU. Called on the writer's thread."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class HeadWriter:
         self,
         taken: Snapshot,
         report: ReportMaker | None = None,
-        samples: Mapping[str, SiteSamples] | None = None,
+        samples: SampleMaker | None = None,
     ) -> Future[Committed]:
         """Write and commit a snapshot. The caller has waited for the commit before."""
         if self._running is not None and not self._running.done():
@@ -61,10 +64,9 @@ class HeadWriter:
         self._thread.shutdown(wait=True)
         self._files.shutdown(wait=True)
 
-    def _commit(
-        self, taken: Snapshot, report: ReportMaker | None, samples: Mapping[str, SiteSamples] | None
-    ) -> Committed:
-        storing = self._files.submit(self._store.put, pack_samples(samples)) if samples else None
+    def _commit(self, taken: Snapshot, report: ReportMaker | None, samples: SampleMaker | None) -> Committed:
+        taken_samples = samples() if samples is not None else {}
+        storing = self._files.submit(self._store.put, pack_samples(taken_samples)) if taken_samples else None
         manifest = write(taken, self._store.put, self._files.map)
         artifact = None if storing is None else storing.result()
         parent = None if self._last is None else self._last.head.digest
