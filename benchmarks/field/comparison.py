@@ -32,12 +32,11 @@ from benchmarks.field.work import load
 from benchmarks.field.work import loss_of
 from benchmarks.field.work import train
 
-GRID = (0.003, 0.01, 0.03)
 SEEDS = 5
 PROBE = 512
 """Rows of the training data that Esper looks at before it grows; a run's default."""
-OURS, THEIRS, FEW = "esper", "gromo", "gromo, 512 rows"
-STATIC, WIDE = "no growth", "wide from the start"
+OURS = "esper"
+WIDE = "wide from the start"
 
 Grow = Callable[[Learner, Rows, int], int]
 
@@ -66,12 +65,13 @@ class Method:
 
 
 METHODS = (
-    Method(STATIC, None),
+    Method("no growth", None),
     Method(OURS, ours.grow_with_samples),
     Method("esper, no samples", ours.grow_by_one_call),
     Method("esper, new optimizer", ours.grow_and_restart),
-    Method(THEIRS, theirs.grow, None, theirs.take_over),
-    Method(FEW, theirs.grow, PROBE, theirs.take_over),
+    Method("gromo", theirs.grow, None, theirs.take_over),
+    Method("gromo, more scales", partial(theirs.grow, scales=theirs.MORE_SCALES), None, theirs.take_over),
+    Method("gromo, 512 rows", theirs.grow, PROBE, theirs.take_over),
 )
 
 
@@ -123,7 +123,7 @@ def outputs(learner: Learner, data: Data) -> torch.Tensor:
 def trainings(work: Work, data: Data, options: argparse.Namespace) -> list[Ended]:
     """Every method at every learning rate and seed, and the final width from the first step on."""
     found: list[Ended] = []
-    for lr in GRID:
+    for lr in work.grid:
         for seed in range(options.seeds):
             recipe = Recipe(lr, seed, options.steps, options.steps // 3)
             host = trained_host(work, data, recipe)
@@ -134,16 +134,16 @@ def trainings(work: Work, data: Data, options: argparse.Namespace) -> list[Ended
     return found
 
 
-def at_best(found: Sequence[Ended], name: str) -> list[Ended]:
+def at_best(found: Sequence[Ended], name: str, grid: Sequence[float]) -> list[Ended]:
     """The trainings of a method at the learning rate with the least mean validation loss, by seed."""
     own = [each for each in found if each.method == name]
-    best = min(GRID, key=lambda lr: statistics.mean(each.validation for each in own if each.lr == lr))
+    best = min(grid, key=lambda lr: statistics.mean(each.validation for each in own if each.lr == lr))
     return sorted((each for each in own if each.lr == best), key=lambda each: each.seed)
 
 
 def growth_seconds(work: Work, data: Data, options: argparse.Namespace) -> dict[str, list[float]]:
     """CPU seconds of one growth of each method, alternated; copies of the host are made before."""
-    host = trained_host(work, data, Recipe(GRID[1], 0, options.steps, options.steps // 3))
+    host = trained_host(work, data, Recipe(work.grid[1], 0, options.steps, options.steps // 3))
     arms: dict[str, Callable[[], object]] = {}
     for method in METHODS:
         if method.grow is not None:
@@ -158,7 +158,7 @@ def _grow_next(grow: Grow, ready: list[Learner], rows: Rows, added: int) -> int:
 
 
 def row(work: Work, name: str, found: Sequence[Ended], seconds: dict[str, list[float]]) -> tuple[str, ...]:
-    own, reference = at_best(found, name), at_best(found, OURS)
+    own, reference = at_best(found, name, work.grid), at_best(found, OURS, work.grid)
     wins = sum(mine.test < other.test for mine, other in zip(reference, own, strict=True))
     changes = [each.change for each in own if each.change is not None]
     jumps = [(each.before, each.after) for each in own if each.before is not None and each.after is not None]
@@ -179,7 +179,7 @@ def main() -> None:
     parser = options_of("Esper and gromo on the same widening")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="trainings of each arm (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=900, help="steps, growth after a third (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, help="growths that are timed (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="growths that are timed (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     version = importlib.metadata.version("gromo")
@@ -211,7 +211,8 @@ def main() -> None:
     report.notes = [
         "scikit-learn's digits (9,000 rows with shifts), batch 64, AdamW, cosine over "
         f"{options.steps} steps, growth after a third; {options.seeds} seeds; the learning rate of each row is that of "
-        f"{GRID} with the least mean validation loss. Hosts, batches, schedule and grid are the same in all rows.",
+        "the host's grid with the least mean validation loss. Hosts, batches, schedule and grid are the same in all "
+        f"rows. Grids: {', '.join(f'{work.name} {work.grid}' for work in WORKS)}.",
         "`largest output change`: over all test rows and seeds, at the growth. `train loss at the growth`: before -> "
         "after, mean over seeds. `test loss at the end`: mean over seeds; `esper lower`: seeds in which the row "
         "`esper` has the lower one. `one growth`: median CPU time, 1 thread, methods alternated.",
@@ -221,6 +222,7 @@ def main() -> None:
         "together, tries four scales and takes the best: it changes the function on purpose, to lower the loss at "
         f"once. It looks at all training rows, as its tutorial does, or at the same {PROBE}; its parameters are new "
         "tensors, so the optimizer begins anew.",
+        "`gromo, more scales`: the tutorial's line search ends at scale 1; this one goes on to 32.",
         "`esper, no samples` is `esper.graft` alone (Kaiming weights). `esper, new optimizer` shows what carrying the "
         "optimizer's state is worth. `wide from the start` has the final width in all steps.",
     ]

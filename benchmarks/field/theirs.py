@@ -6,6 +6,7 @@ old weights from them (TINY, arXiv 2405.19816); a line search for their scale on
 
 import copy
 import warnings
+from collections.abc import Sequence
 
 import torch
 from benchmarks.field.work import WEIGHT_DECAY
@@ -21,6 +22,8 @@ from torch.nn import functional
 
 SCALES = (0.0, 0.1, 0.5, 1.0)
 """Of the line search, as in the tutorial."""
+MORE_SCALES = (*SCALES, 2.0, 4.0, 8.0, 16.0, 32.0)
+"""In the tutorial's the largest one is often the best; units that are too small then die in the next steps."""
 CHUNK = 500
 
 
@@ -58,34 +61,43 @@ def take_over(learner: Learner, rows: Rows) -> Learner:
     return Learner(model, _optimizer(model, learner))
 
 
-def grow(learner: Learner, rows: Rows, added: int) -> int:
+def grow(learner: Learner, rows: Rows, added: int, scales: Sequence[float] = SCALES) -> int:
     """Grow a learner of `take_over`; returns the units that were added, which may be fewer."""
-    model, (x, y) = learner.model, rows
+    model = learner.model
     if not isinstance(model, Pair):
         raise TypeError(f"this {type(model).__name__} is none of gromo's")
     model.eval()
     before = int(model.first.layer.weight.shape[0])
+    with warnings.catch_warnings():
+        # It says of a covariance that it is singular, or by rounding not symmetric, and goes on.
+        warnings.filterwarnings("ignore", module=r"gromo\.")
+        _propose(model, rows, added)
+        model.set_scaling_factor(_best_scale(model, rows, scales))
+        model.apply_change()
+    learner.optimizer = _optimizer(model, learner)
+    return int(model.first.layer.weight.shape[0]) - before
+
+
+def _propose(model: Pair, rows: Rows, added: int) -> None:
+    x, y = rows
     model.init_computation()
     for inputs, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
         model.zero_grad()
         # Its statistics count the rows themselves and want the sum.
         functional.cross_entropy(model(inputs), labels, reduction="sum").backward()
         model.update_computation()
-    with warnings.catch_warnings():
-        # It says of a covariance that it is singular, or by rounding not symmetric, and goes on.
-        warnings.filterwarnings("ignore", module=r"gromo\.")
-        model.compute_optimal_updates(maximum_added_neurons=added)
+    model.compute_optimal_updates(maximum_added_neurons=added)
     model.reset_computation()
     model.dummy_select_update()
+
+
+@torch.no_grad()
+def _best_scale(model: Pair, rows: Rows, scales: Sequence[float]) -> float:
     tried: dict[float, float] = {}
-    for scale in SCALES:
+    for scale in scales:
         model.set_scaling_factor(scale)
-        with torch.no_grad():
-            tried[scale] = float(functional.cross_entropy(model.extended_forward(x), y))
-    model.set_scaling_factor(min(tried, key=lambda scale: tried[scale]))
-    model.apply_change()
-    learner.optimizer = _optimizer(model, learner)
-    return int(model.first.layer.weight.shape[0]) - before
+        tried[scale] = float(functional.cross_entropy(model.extended_forward(rows[0]), rows[1]))
+    return min(tried, key=lambda scale: tried[scale])
 
 
 def _optimizer(model: nn.Module, learner: Learner) -> torch.optim.Optimizer:

@@ -23,12 +23,13 @@ Rows = tuple[Tensor, Tensor]
 @dataclass(frozen=True)
 class Work:
     """One widening: `host(width)` is a sequence whose layers 0 and 2 have `width` units and a ReLU between them, and
-    `added` units come between `narrow` ones."""
+    `added` units come to `narrow` ones. `grid` are the learning rates of all methods."""
 
     name: str
     host: Callable[[int], nn.Sequential]
     narrow: int
     added: int
+    grid: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ def convolutional(width: int) -> nn.Sequential:
 
 
 WORKS = (
-    Work("MLP 64-8-10", perceptron, 8, 8),
-    Work("CNN 1-3-8, 3x3", convolutional, 3, 5),
+    Work("MLP 64-8-10", perceptron, 8, 8, (0.01, 0.03, 0.1)),
+    Work("CNN 1-3-8, 3x3", convolutional, 3, 5, (0.003, 0.01, 0.03)),
 )
 """The MLP grows by 8: gromo adds at most as many units at once as the second layer has outputs."""
 

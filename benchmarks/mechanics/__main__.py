@@ -91,6 +91,30 @@ def record(outcome: Outcome) -> dict[str, Any]:
     return {**names, **finite, "findings": outcome.findings}
 
 
+FIELDS = ("initialiser", "optimizer", "birth", "drift", "with_gradient", "parameters", "carry", "reset", "round_trip")
+FIELDS += ("fold", "folded", "compiled")
+
+
+def compact(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records by host and blueprint, each case as one line of `FIELDS` with commas between; thousands of them must be
+    readable. Of a refusal the line has its reason."""
+    data: dict[tuple[str, str], dict[str, Any]] = {}
+    for one in records:
+        pair = {key: one[key] for key in ("host", "kind", "blueprint")}
+        group = data.setdefault((one["host"], one["blueprint"]), {**pair, "fields": ", ".join(FIELDS), "cases": []})
+        refused = one.get("refused")
+        values = [_shown(one.get(field)) for field in (FIELDS if refused is None else FIELDS[:2])]
+        reason = [] if refused is None else [str(refused)[:120]]
+        group["cases"].append(", ".join([*values, *reason, *(f"FINDING {finding}" for finding in one["findings"])]))
+    return list(data.values())
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def _endless(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
@@ -152,7 +176,7 @@ def main() -> None:
     report = Report("mechanics", "S0, the mechanics of growth: the worst over all initialisers and optimizers", COLUMNS)
     for key in dict.fromkeys((one.case.host.name, one.case.blueprint) for one in outcomes):
         report.rows.append(row([one for one in outcomes if (one.case.host.name, one.case.blueprint) == key]))
-    report.data = [record(one) for one in outcomes]
+    report.data = compact([record(one) for one in outcomes])
     report.notes = notes(outcomes, bool(compiling))
     report.publish(options)
 

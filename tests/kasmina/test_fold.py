@@ -397,3 +397,36 @@ def test_a_refused_optimizer_state_leaves_all_as_it_was() -> None:
         for old, g in zip(groups, optimizer.param_groups, strict=True)
         for a, b in zip(old, g["params"], strict=True)
     )
+
+
+def test_factored_state_of_a_transposed_host_is_joined_as_that_of_a_plain_one() -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+
+    def trained(transposed: bool) -> tuple[nn.Module, torch.optim.Optimizer, torch.Tensor]:
+        torch.manual_seed(0)
+        x = torch.randn(16, 6)
+        plain = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+        model: nn.Module = plain
+        if transposed:
+            model = nn.Sequential(conv1d(4, 6), nn.ReLU(), conv1d(3, 4))
+            for index in (0, 2):
+                model[index].weight.data.copy_(plain[index].weight.data.T)
+                model[index].bias.data.copy_(plain[index].bias.data)
+        esper.wrap(model, example_inputs=x)
+        optimizer = torch.optim.Adafactor(model.parameters(), lr=0.01)
+        for step in range(6):
+            if step == 3:
+                esper.graft(model, "0", "widen", optimizer=optimizer, units=5)
+            optimizer.zero_grad()
+            (model(x) - x[:, :3]).square().mean().backward()
+            optimizer.step()
+        esper.fossilize(model, optimizer=optimizer)
+        return model, optimizer, x
+
+    (model, optimizer, x), (plain, reference, _) = trained(True), trained(False)
+    assert model[0].weight.shape == (6, 9) and plain[0].weight.shape == (9, 6)
+    torch.testing.assert_close(model(x), plain(x))
+    for index in (0, 2):
+        state, expected = optimizer.state[model[index].weight], reference.state[plain[index].weight]
+        torch.testing.assert_close(state["row_var"], expected["col_var"].T)
+        torch.testing.assert_close(state["col_var"], expected["row_var"].T)

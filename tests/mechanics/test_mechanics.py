@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from benchmarks.mechanics.__main__ import compact
 from benchmarks.mechanics.__main__ import record
 from benchmarks.mechanics.__main__ import row
 from benchmarks.mechanics.cases import LIBRARY
@@ -125,3 +126,9 @@ def test_an_outcome_is_a_row_and_a_record():
     assert "2" in line
     assert record(outcomes[1])["drift"] == "inf"
     assert record(outcomes[1])["findings"] == ("birth 2", "drift inf")
+    refusal = Outcome(case, refused="ESP-433 it cannot")
+    (group,) = compact([record(one) for one in (*outcomes, refusal)])
+    assert group["blueprint"] == "bottleneck"
+    assert group["cases"][0] == "library, AdamW, 0, 0.5, 3, 3, 0, -, -, 1e-07, True, -"
+    assert group["cases"][1].endswith("FINDING birth 2, FINDING drift inf")
+    assert group["cases"][2] == "library, AdamW, ESP-433 it cannot, FINDING refused: ESP-433 it cannot"

@@ -11,6 +11,7 @@ from esper.contracts.operational import LayerGraph
 from esper.runtime.kasmina.lineage import layer_graph
 from esper.runtime.kasmina.telemetry import Telemetry
 from esper.runtime.tezzeret.build import KernelModule
+from esper.runtime.tolaria.checkpoint import Snapshot
 from esper.runtime.tolaria.checkpoint import restore
 from esper.runtime.tolaria.checkpoint import snapshot
 from esper.runtime.tolaria.evaluation import chunk_losses
@@ -97,13 +98,21 @@ class LiveRun:
 
     def commit(self, report: ReportMaker | None = None, samples: SampleMaker | None = None) -> Future[Committed]:
         """Copy the run and hand it to the writer, which must be idle."""
+        return self._submit(self._copy(), report, samples)
+
+    def _copy(self) -> Snapshot:
         self.count_flops()
         held = self.state.held
         if held is not None and held.start is None and self._start is not None:
             start = self._start.result().manifest
             self.state = self.state.model_copy(update={"held": held.model_copy(update={"start": start})})
         self._changed, self._submitted_step = False, self.step
-        self._submitted = self._writer.submit(snapshot(self.trainee, self.state), report, samples)
+        return snapshot(self.trainee, self.state)
+
+    def _submit(
+        self, taken: Snapshot, report: ReportMaker | None = None, samples: SampleMaker | None = None
+    ) -> Future[Committed]:
+        self._submitted = self._writer.submit(taken, report, samples)
         return self._submitted
 
     def wait_for_writer(self, wait: Wait) -> None:
@@ -114,15 +123,19 @@ class LiveRun:
     def graft(self, fact: Fact, kernel: KernelModule, wait: Wait) -> str | None:
         """Execute a graft. Returns the reason when the block must go again at once.
 
-        The head of this step is where the twin will begin: it is committed first, unless it stands already.
+        The head of this step is where the twin will begin. It is copied first, unless it stands already, and handed
+        to the writer when the graft is done: the writer's thread would only be in its way.
         """
+        taken: Snapshot | None = None
         if self._changed or self._submitted_step != self.step:
             self.wait_for_writer(wait)
-            self.commit()
+            taken = self._copy()
         # At the cost before the graft: counting the new structure can wait until the epoch is over.
         self.count_probe(2 * surgery.BIRTH_ROWS * self.meter.cost(self.trainee).forward)
         self._restructuring()
         self.state, refusal = surgery.graft(self.trainee, self.state, fact, kernel)
+        if taken is not None:
+            self._submit(taken)
         if self.state.held is not None:
             self._note_start()
         self._done(fact)

@@ -141,6 +141,10 @@ def _appended(
     return Change(module, name, value, state, grown)
 
 
+_CROSSED = {"row_var": "col_var", "col_var": "row_var"}
+"""Adafactor's means over rows and over columns: of a transposed weight each is the other's, transposed."""
+
+
 @contextmanager
 def _laid_like_host(optimizer: Optimizers, grown: Tensor, *, transposed: bool) -> Iterator[Tensor]:
     """A kernel's parameter as the host's weight lies, for as long as the optimizer is asked about it: beside a
@@ -152,12 +156,12 @@ def _laid_like_host(optimizer: Optimizers, grown: Tensor, *, transposed: bool) -
     homes = [(each, group) for each in several(optimizer) for group in each.param_groups if _holds(group, grown)]
     for each, _ in homes:
         for key, value in each.state.get(grown, {}).items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != grown.shape:
+            if key not in _CROSSED and isinstance(value, Tensor) and value.dim() and value.shape != grown.shape:
                 raise StateRefused(f"the optimizer's '{key}' is not kept by element, and the host lies transposed")
     for each, group in homes:
         group["params"].append(laid)
         each.state[laid] = {
-            key: value.T if isinstance(value, Tensor) and value.shape == grown.shape else value
+            _CROSSED.get(key, key): value.T if isinstance(value, Tensor) and value.dim() == 2 else value
             for key, value in each.state.get(grown, {}).items()
         }
     try:
