@@ -90,7 +90,7 @@ def measure(subject: Subject, rounds: int, windows: int) -> Found:
 
 def window_cost(model: nn.Module, batches: list[Batch], windows: int) -> Spread:
     """One window with telemetry / the same window without: everything that its special steps take more than the median
-    step, and the read."""
+    step, and the taking of what was seen. A run makes signals of that on the thread that writes its heads."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     telemetry = Telemetry(model)
     coming = itertools.cycle(batches)
@@ -107,9 +107,9 @@ def window_cost(model: nn.Module, batches: list[Batch], windows: int) -> Spread:
                 optimizer.step()
                 taken.append(time.thread_time() - began)
             began = time.thread_time()
-            signals = telemetry.read(epoch=1, step=EVERY)
+            reading = telemetry.take()
             read = time.thread_time() - began
-            if not signals:
+            if not reading.signals(epoch=1, step=EVERY):
                 raise RuntimeError("the window was read and held nothing: telemetry was not on")
             # The change that the watched step made of the weights is taken at the beginning of the second step.
             special = [taken[0], taken[1], taken[-1]]
@@ -151,8 +151,9 @@ def main() -> None:
         "every round, garbage collection off. `plain again` is a second copy of the baseline: the noise floor.",
         f"A turn is {TURN} steps. All arms end with the same weights, to the bit (checked). Every supported layer is a "
         "site with 4 seeds.",
-        f"`telemetry adds`: what the watched step, the measured change of the weights and the read of a window of "
-        f"{EVERY} steps take more, over the window. `with it` is the product of the two.",
+        f"`telemetry adds`: what the watched step, the measured change of the weights and the taking of a window of "
+        f"{EVERY} steps take more on the thread that trains, over the window (the signals are made on another one). "
+        "`with it` is the product of the two.",
         "Goals: `met` by the median; `open`: the median is above, and its interval reaches the goal; else `missed`.",
     ]
     report.publish(options)

@@ -18,7 +18,6 @@ from esper.errors import NotFoundError
 from esper.runtime.configuration import check_run_id
 from esper.runtime.configuration import dump_config
 from esper.runtime.configuration import load_config
-from esper.runtime.run_document import check_output_folder
 from esper.runtime.tolaria.branching import ParentRecords
 from esper.runtime.tolaria.branching import branch_off
 
@@ -44,8 +43,7 @@ def prepare(
     record, known = asyncio.run(_read(parent, epoch))
     config = _config(record, values)
     chosen = check_run_id(run_id) if run_id is not None else launch.new_run_id(config.run.name)
-    named = output_folder if output_folder is not None else f"results/{chosen}"
-    folder = check_output_folder(named)
+    named, folder = launch.checked_folder(config, chosen, output_folder)
     report = next(report for report in known.reports if report.epoch == epoch)
     sites = {node.contract.site for node in report.graph.nodes}
     if requested is not None and requested.site not in sites:

@@ -74,6 +74,7 @@ class Telemetry:
         self._window: Window | None = None
         self._begun: _Begun | None = None
         self._change: Change | None = None
+        self._ends_told = False
 
     def step(self, step: int, *, last: bool = False) -> AbstractContextManager[None]:
         """Around forward and backward of one training step; the optimizer steps after it, before the next call.
@@ -84,8 +85,10 @@ class Telemetry:
         """
         if self._begun is not None:
             self._end_update(self._begun)
+        self._ends_told = self._ends_told or last
         if step % self._every == 0 or (last and self._window is None):
-            return self._watched()
+            # Only the newest change is kept: whoever tells where windows end has the last step measured.
+            return self._watched(measured=last or not self._ends_told)
         return self._measured() if last else _UNWATCHED
 
     def record(self, module: nn.Module, state: SiteState, x: Tensor, output: Tensor) -> Tensor:
@@ -109,7 +112,7 @@ class Telemetry:
         return self.take().signals(epoch=epoch, step=step)
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
+    def _watched(self, *, measured: bool) -> Iterator[None]:
         sites = self._current()
         states = [state_of(module) for module in sites.modules]
         self._seen = {}
@@ -125,7 +128,8 @@ class Telemetry:
         if self._seen:
             with torch.no_grad():
                 self._count(sites)
-                self._begin_update(sites)
+                if measured:
+                    self._begin_update(sites)
 
     @contextmanager
     def _measured(self) -> Iterator[None]:
