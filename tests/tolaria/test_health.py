@@ -135,5 +135,5 @@ def test_many_losses_are_kept_in_few_tensors():
     found = LossSum()
     for _ in range(3 * TOGETHER + 1):
         found.add(torch.tensor(0.5), 2)
-    assert len(found._products) == 3 and len(found._losses) == 1
+    assert len(found._stacked) == 3 and len(found._losses) == 1
     assert float(found) == 3 * TOGETHER + 1

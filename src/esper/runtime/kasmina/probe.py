@@ -69,7 +69,7 @@ def capture(model: nn.Module, loss_closure: Callable[[], Tensor], *, max_samples
     """Run `loss_closure` (a forward that returns a scalar loss) once, with its backward, and copy what every site saw.
 
     Random generators, BatchNorm buffers, gradients and training flags are restored; hooks on the accumulation of
-    gradients do not fire. Does not wait for the device.
+    gradients do not fire. Nothing that was seen is brought to the CPU.
     """
     recorder = CallRecorder(max_samples)
     sites = sites_of(model)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 TOGETHER = 512
-"""Losses that are multiplied by their rows in one operation."""
+"""Losses that are kept in one tensor."""
 
 
 class LossSum:
@@ -15,7 +15,7 @@ class LossSum:
 
     def __init__(self) -> None:
         self._total = 0.0
-        self._products: list[Tensor] = []
+        self._stacked: list[tuple[Tensor, list[int]]] = []
         self._losses: list[Tensor] = []
         self._rows: list[int] = []
 
@@ -24,11 +24,11 @@ class LossSum:
         self._losses.append(loss)
         self._rows.append(rows)
         if len(self._rows) == TOGETHER:
-            self._multiply()
+            self._stack()
 
     def fill_(self, total: float) -> None:
         """Begin anew at `total`."""
-        self._products, self._losses, self._rows = [], [], []
+        self._stacked, self._losses, self._rows = [], [], []
         self._total = total
 
     def zero_(self) -> None:
@@ -36,15 +36,15 @@ class LossSum:
 
     def __float__(self) -> float:
         """The sum so far; waits for the device."""
-        self._multiply()
-        for products in self._products:
-            for product in products.tolist():
+        self._stack()
+        for losses, rows in self._stacked:
+            products: list[float] = (losses.cpu() * torch.tensor(rows, dtype=losses.dtype)).tolist()
+            for product in products:
                 self._total += product
-        self._products = []
+        self._stacked = []
         return self._total
 
-    def _multiply(self) -> None:
+    def _stack(self) -> None:
         if self._rows:
-            losses = torch.stack(self._losses)
-            self._products.append(losses * torch.tensor(self._rows, dtype=losses.dtype).to(losses.device))
+            self._stacked.append((torch.stack(self._losses), self._rows))
             self._losses, self._rows = [], []

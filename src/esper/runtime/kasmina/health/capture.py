@@ -99,7 +99,7 @@ class CallRecorder:
         places = max(1, kind.to_output_rows(module, y[:1]).shape[0])
         # One-hot rows are as wide as there are different ids: no more of them than are looked at.
         room = 1 if kind.form == "embedding" else _ROOM
-        some = evenly(y.shape[0], math.ceil(room * MAX_ROWS / places))
+        some = evenly(y.shape[0], math.ceil(room * MAX_ROWS / places), y.device)
         read = _at(x, some)
 
         def rows_of_x() -> Tensor:
@@ -129,7 +129,7 @@ class CallRecorder:
 
 def _at(tensor: Tensor, indices: Tensor) -> Tensor:
     """The rows at ascending indices; the tensor itself where that is all of them."""
-    return tensor if len(indices) == tensor.shape[0] else tensor[indices.to(tensor.device)]
+    return tensor if len(indices) == tensor.shape[0] else tensor[indices]
 
 
 def _norms(module: nn.Module, gradients: dict[int, Tensor]) -> Norms:

@@ -16,11 +16,11 @@ MOST_ELEMENTS = 65_536
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
-def evenly(count: int, most: int) -> Tensor:
-    """At most `most` indices below `count`, evenly spread, ascending; int64."""
+def evenly(count: int, most: int, device: torch.device | None = None) -> Tensor:
+    """At most `most` indices below `count`, evenly spread, ascending; int64, on `device` (default: the CPU)."""
     if count <= most:
-        return torch.arange(count)
-    return torch.arange(most) * count // most
+        return torch.arange(count, device=device)
+    return torch.arange(most, device=device) * count // most
 
 
 def scattered_rows(kind: HostKind, module: nn.Module, output: Tensor, most: int) -> Tensor:
@@ -36,11 +36,12 @@ def scattered_rows(kind: HostKind, module: nn.Module, output: Tensor, most: int)
     places = samples.flatten(2) if first else samples.flatten(1, -2)
     count, each = places.shape[0], places.shape[2 if first else 1]
     rows = min(most, count * each)
-    number = torch.arange(rows, dtype=torch.float64)
+    # Counted on the device: sending indices there would wait for it.
+    number = torch.arange(rows, device=places.device)
     # As many rows of each sample as of any other, each with a place of its own.
-    sample = (number * count / rows).long()
-    place = ((number * _GOLDEN).frac() * each).long() if rows < count * each else torch.arange(rows) % each
-    sample, place = sample.to(places.device), place.to(places.device)
+    sample = number * count // rows
+    golden = ((number.to(torch.float32) * _GOLDEN).frac() * each).long().clamp_max(each - 1)
+    place = golden if rows < count * each else number % each
     return places[sample, :, place] if first else places[sample, place]
 
 
