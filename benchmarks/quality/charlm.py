@@ -127,7 +127,12 @@ def measure_all(store: Store, grid: Sequence[float], seeds: Sequence[int]) -> li
 
 def of_first_seed(arm: Arm, seed: int) -> Arm:
     """The arm with the runs that its learning rate was chosen on, and no others."""
-    return Arm(arm.title, {rate: {seed: by_seed[seed]} for rate, by_seed in arm.records.items()}, arm.chosen)
+    return Arm(arm.title, {rate: {seed: records[seed]} for rate, records in arm.records.items()}, arm.chosen)
+
+
+def at_chosen_rate(arm: Arm) -> Arm:
+    """The arm with the runs of its learning rate, which alone were made for every seed."""
+    return Arm(arm.title, {arm.chosen: arm.records[arm.chosen]}, arm.chosen)
 
 
 def bits_by_seed(arms: Sequence[Arm], seeds: Sequence[int]) -> Table:
@@ -147,12 +152,13 @@ def main() -> None:
     arms = measure_all(store, sorted(given.grid), given.seeds)
     host, grown = arms[:2]
     adaptations = [[str(seed), told(record)] for seed, record in sorted(grown.records[grown.chosen].items())]
+    shown = [at_chosen_rate(arm) for arm in arms]
     searched = rates([of_first_seed(arm, given.seeds[0]) for arm in arms if arm.tuned])
     tables = [
         summary(arms, host, grown),
         bits_by_seed(arms, given.seeds),
-        by_seed(arms, "test", "Test loss / accuracy by seed"),
-        by_seed(arms, "val", "Validation loss / accuracy by seed"),
+        by_seed(shown, "test", "Test loss / accuracy by seed"),
+        by_seed(shown, "val", "Validation loss / accuracy by seed"),
         Table("Validation loss of the first seed at every learning rate", searched.columns, searched.rows),
         Table("What the grown runs did", ["seed", "adaptations"], adaptations),
     ]
