@@ -223,7 +223,13 @@ def test_what_a_person_asks_is_checked_before_it_is_sent(cli: Cli, command: list
 def test_ctrl_c_detaches_and_the_run_goes_on(cli: Cli, worker: None, run_id: str, folder: Path) -> None:
     command = [sys.executable, "-m", "esper", *start(run_id, "waits")]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+        # A shell starts what runs in its background with Ctrl-C ignored, and so do the tests that it runs there.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stderr is not None
         deadline = time.monotonic() + 60

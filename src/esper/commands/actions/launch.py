@@ -22,7 +22,6 @@ from esper.commands import output
 from esper.commands.actions import connections
 from esper.commands.actions import records
 from esper.commands.actions import watching
-from esper.commands.actions.interrupting import run_interruptibly
 from esper.commands.actions.versions import LEAST
 from esper.commands.actions.versions import check_version
 from esper.commands.views import summary
@@ -187,7 +186,7 @@ def start(prepared: Prepared, *, detach: bool, as_json: bool) -> int:
     begun = asyncio.Event()
     with ExitStack() as stack:
         try:
-            view = run_interruptibly(_start(prepared, stack, begun, detach=detach, quiet=quiet))
+            view = asyncio.run(_start(prepared, stack, begun, detach=detach, quiet=quiet))
         except KeyboardInterrupt:
             stack.close()
             if begun.is_set():

@@ -1,5 +1,6 @@
 """Showing a run until it ends: the part that `start-run` and `watch` share."""
 
+import asyncio
 import sys
 from collections.abc import Awaitable
 from collections.abc import Callable
@@ -10,7 +11,6 @@ from temporalio.client import Client
 from esper.commands import output
 from esper.commands.actions import connections
 from esper.commands.actions import records
-from esper.commands.actions.interrupting import run_interruptibly
 from esper.commands.views import summary
 from esper.commands.views.live import Lines
 from esper.commands.views.live import Screen
@@ -31,7 +31,7 @@ def watch(run_id: str, *, as_json: bool) -> int:
     with ExitStack() as stack:
         screen = _watch_screen(stack, as_json=as_json)
         try:
-            view = run_interruptibly(_watch(run_id, screen))
+            view = asyncio.run(_watch(run_id, screen))
         except KeyboardInterrupt:
             say_detached(run_id)
             raise
