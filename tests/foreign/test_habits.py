@@ -60,18 +60,6 @@ def test_generation_with_a_cache_is_that_of_the_grown_model() -> None:
             assert not torch.equal(told, model.generate(asked, **how))
 
 
-def test_grown_attention_refuses_a_cache_that_it_cannot_see() -> None:
-    model = wrapped(FOREIGN["gpt2"]).eval()
-    esper.graft(model, "transformer.h.1", "attention")
-    asked = torch.tensor([[3, 7, 3, 22]])
-    how = {"attention_mask": torch.ones_like(asked), "max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
-    with pytest.raises(esper.GrowthError, match="cache holds earlier places"):
-        model.generate(asked, use_cache=True, **how)
-    assert model.generate(asked, use_cache=False, **how).shape == (1, 7)
-    with esper.dormant(model):
-        assert model.generate(asked, use_cache=True, **how).shape == (1, 7)
-
-
 def test_asking_for_hidden_states_and_attentions_changes_nothing() -> None:
     torch.manual_seed(0)
     model = gpt2(attn_implementation="eager")

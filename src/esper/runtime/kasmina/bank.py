@@ -80,12 +80,6 @@ class Slot:
     """True until its weights are seen to have left zero; see `has_moved`."""
     _looked_at: tuple[int, ...] | None = field(default=None, repr=False)
 
-    @property
-    def looks_along(self) -> bool:
-        """Whether its kernel looks from one place of a sequence to others."""
-        graph = getattr(getattr(self.kernel, "manifest", None), "graph", None)
-        return graph is not None and any(node.op == "self_attention" for node in graph.nodes)
-
     def has_moved(self) -> bool:
         """Whether neither of the kernel's two operations is all zero any more.
 

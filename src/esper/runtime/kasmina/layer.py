@@ -69,8 +69,6 @@ class SiteState:
     """Seeds that read the input and add to the output."""
     after: tuple[Slot, ...] = ()
     """Seeds that read what the output is so far, in the order in which they do."""
-    looks_along: bool = False
-    """Whether a seed looks from one place of a sequence to others: it sees only those of the present call."""
     outbound: tuple[Tap, ...] = ()
     inbound: tuple[tuple[Tap, tuple[Slot, ...]], ...] = ()
     recorder: Recorder | None = field(default=None, repr=False)
@@ -82,7 +80,6 @@ class SiteState:
     def settle(self) -> None:
         """Work out anew whether the forward has anything to do."""
         busy = bool(self.live or self.after or self.outbound or self.inbound) and not self.suspended
-        self.looks_along = busy and any(slot.looks_along for slot in (*self.live, *self.after))
         known = self.proven or self.obstacle is not None
         self.idle = known and not busy and self.recorder is None
 
@@ -137,8 +134,6 @@ def _watched_forward(
 ) -> Any:
     state: SiteState = module._kasmina
     kind = kind_named(state.kind)
-    if state.looks_along and any(_holds_places(value) for value in (*args, *kwargs.values())):
-        return _unfit(state, None, "its cache holds earlier places, which a grown attention head does not see")
     before = () if state.proven else _versions(args, kwargs)
     returned = base_forward(module, *args, **kwargs)
     place: Place = ()
@@ -205,18 +200,12 @@ def _unfit(state: SiteState, returned: Any, obstacle: str) -> Any:
         raise GrowthError(
             "ESP-434",
             f"'{state.name}' was called in a way that its seeds cannot follow: {obstacle}",
-            hint="call it as in its first forward (use_cache=False), or cull what is grown there",
+            hint="call it as in its first forward, or cull what is grown there",
         )
     if not state.proven:
         state.obstacle = obstacle
         state.settle()
     return returned
-
-
-def _holds_places(value: Any) -> bool:
-    """Whether an argument is a key/value cache with something in it (as `transformers` passes it from call to call)."""
-    length = getattr(value, "get_seq_length", None)
-    return callable(length) and int(length()) > 0
 
 
 def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Tensor, int], ...]:
