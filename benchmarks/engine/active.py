@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from benchmarks.engine.measure import VERDICTS
 from benchmarks.engine.measure import Spread
 from benchmarks.engine.measure import alternate
 from benchmarks.engine.measure import median_interval
@@ -136,7 +137,7 @@ def main() -> None:
         "`over the floor` is the one divided by the other. A ratio of whole training steps is nearer to 1.",
         "In the one step after its birth a seed runs beside the wide pass, so that its birth changes no rounding: not "
         "in these numbers.",
-        "Goals: `met` by the median; `open`: the median is above, and its interval reaches the goal; else `missed`.",
+        VERDICTS,
     ]
     report.publish(options)
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from benchmarks.engine.measure import VERDICTS
 from benchmarks.engine.measure import alternate
 from benchmarks.engine.measure import median_interval
 from benchmarks.engine.measure import ratios
@@ -121,7 +122,7 @@ def main() -> None:
         "No optimizer step: it is the same in both and would hide a difference.",
         "`compiling`: wall time of the first turn of plain, plain again, dormant; what was compiled before is found in "
         "the compiler's cache on disk.",
-        "Goals: `met` by the median; `open`: the median is above, and its interval reaches the goal; else `missed`.",
+        VERDICTS,
     ]
     report.publish(options)
 

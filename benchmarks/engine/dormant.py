@@ -13,6 +13,7 @@ from dataclasses import asdict
 from dataclasses import dataclass
 
 import torch
+from benchmarks.engine.measure import VERDICTS
 from benchmarks.engine.measure import Spread
 from benchmarks.engine.measure import alternate
 from benchmarks.engine.measure import median_interval
@@ -154,7 +155,7 @@ def main() -> None:
         f"`telemetry adds`: what the watched step, the measured change of the weights and the taking of a window of "
         f"{EVERY} steps take more on the thread that trains, over the window (the signals are made on another one). "
         "`with it` is the product of the two.",
-        "Goals: `met` by the median; `open`: the median is above, and its interval reaches the goal; else `missed`.",
+        VERDICTS,
     ]
     report.publish(options)
 

@@ -49,6 +49,10 @@ def median_interval(values: Sequence[float]) -> Spread:
     return Spread(ordered[outside], statistics.median(ordered), ordered[count - 1 - outside], count)
 
 
+VERDICTS = "Goals: `met` by the median; `open`: the median is above, and its interval reaches the goal; else `missed`."
+"""What `verdict` says, for the foot of a table."""
+
+
 def verdict(found: Spread, goal: float) -> str:
     """Whether a median is at most `goal`; `open` when it is above and its interval reaches down to the goal."""
     if found.median <= goal:

@@ -17,17 +17,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 import esper
-from esper.contracts.assets import SiteContract
 from esper.errors import BlueprintError
 from esper.errors import GrowthError
+from esper.runtime.kasmina.growing.fitting import host_weights
 from esper.runtime.kasmina.growing.fitting import site_contract
 from esper.runtime.kasmina.probe import probe
 from esper.runtime.tezzeret.artifact import KernelFiles
 from esper.runtime.tezzeret.artifact import verify
 from esper.runtime.tezzeret.blueprints.registry import resolve_hyperparameters
-from esper.runtime.tezzeret.build import HostWeights
 from esper.runtime.tezzeret.build import build_kernel
 from esper.runtime.tezzeret.certify import certify
+from esper.runtime.tezzeret.certifying.steps import root_mean_square
 from esper.runtime.tezzeret.samples import samples_for
 
 STEPS_BEFORE = 3
@@ -135,7 +135,7 @@ def measure(case: Case, *, compiled: bool = False) -> Outcome:
     reset = _reset(before, twin, x, case)
     with torch.no_grad():
         alone = output_of(copy.deepcopy(twin), x, False)
-        drift = _rms(output_of(copy.deepcopy(model), x, False) - alone) / (_rms(alone) or 1.0)
+        drift = root_mean_square(output_of(copy.deepcopy(model), x, False) - alone) / (root_mean_square(alone) or 1.0)
     reached |= _step(model, x, optimizers, names)
     for _ in range(STEPS_AFTER):
         _step(model, x, optimizers)
@@ -176,22 +176,8 @@ def kernel_files(model: nn.Module, case: Case, x: Tensor) -> KernelFiles:
         samples=samples,
         max_parameters=10**6,
         initialiser=case.initialiser,
-        host=_host_weights(model, contract),
+        host=host_weights(model.get_submodule(contract.site), model.get_submodule(contract.output_site)),
     )
-
-
-def _host_weights(model: nn.Module, contract: SiteContract) -> HostWeights | None:
-    """What `net2net` copies: of a site without a matrix nothing."""
-    weight, bias = (getattr(model.get_submodule(contract.site), name, None) for name in ("weight", "bias"))
-    if not isinstance(weight, Tensor) or weight.dim() < 2:
-        return None
-    outgoing = None
-    if contract.output_site != contract.site:
-        outgoing = model.get_submodule(contract.output_site).weight
-    if contract.attributes.get("transposed"):
-        weight = weight.T
-        outgoing = outgoing.T if outgoing is not None else None
-    return HostWeights(weight, bias, outgoing)
 
 
 def _one_or_all(optimizers: tuple[Optimizer, ...]) -> Any:
@@ -321,7 +307,3 @@ def _difference(one: Tensor, other: Tensor) -> float:
 
 def _largest(tensor: Tensor) -> float:
     return float(tensor.detach().double().abs().max()) if tensor.numel() else 0.0
-
-
-def _rms(tensor: Tensor) -> float:
-    return math.sqrt(float(tensor.double().square().mean()))

@@ -18,7 +18,7 @@ from torch import nn
 
 import esper
 from esper.runtime.kasmina.exporting.probe import bind
-from esper.runtime.kasmina.exporting.probe import tensors_in
+from esper.runtime.kasmina.wrapping.calls import tensors_in
 
 
 def imported(folder: Path, name: str) -> Any:

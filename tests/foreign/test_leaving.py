@@ -13,12 +13,12 @@ from foreign_world import Trained
 from foreign_world import evaluated
 from foreign_world import lines_of_esper
 from foreign_world import seeded
-from foreign_world import tensors_in
 from foreign_world import train
 from foreign_world import trained
 from torch import nn
 
 import esper
+from esper.runtime.kasmina.wrapping.calls import tensors_in
 
 
 @cache

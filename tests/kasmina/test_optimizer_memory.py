@@ -1,6 +1,7 @@
 """Many cycles of growing and removing leave nothing that can be counted (resident memory: benchmarks.engine.memory)."""
 
 import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,33 @@ from torch import optim
 import esper
 
 
-def counts(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, int]:
-    gc.collect()
-    alive = gc.get_objects()
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "entries": sum(len(group["params"]) for group in optimizer.param_groups),
-        "states": len(optimizer.state),
-        "groups": len(optimizer.param_groups),
-        "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
-        "modules": sum(issubclass(type(item), nn.Module) for item in alive),
-        "tensors": sum(issubclass(type(item), Tensor) for item in alive),
-        "files": len(list(Path("/proc/self/fd").iterdir())),
-    }
+class Census:
+    """Counts what came alive since it was made: other tests' garbage may die at any time."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        self._foreign = {id(item): weakref.ref(item) for item in self._alive(Tensor, nn.Module)}
+
+    def __call__(self, model: nn.Module, optimizer: optim.Optimizer) -> dict[str, int]:
+        gc.collect()
+        return {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "entries": sum(len(group["params"]) for group in optimizer.param_groups),
+            "states": len(optimizer.state),
+            "groups": len(optimizer.param_groups),
+            "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
+            "modules": sum(self._own(item) for item in self._alive(nn.Module)),
+            "tensors": sum(self._own(item) for item in self._alive(Tensor)),
+            "files": len(list(Path("/proc/self/fd").iterdir())),
+        }
+
+    @staticmethod
+    def _alive(*kinds: type) -> list[Any]:
+        return [item for item in gc.get_objects() if issubclass(type(item), kinds)]
+
+    def _own(self, item: object) -> bool:
+        known = self._foreign.get(id(item))
+        return known is None or known() is not item
 
 
 def _cull(blueprint: str) -> Callable[[Any, Any], None]:
@@ -54,6 +69,7 @@ CYCLES: dict[str, Callable[[Any, Any], None]] = {
 
 @pytest.mark.parametrize("named", CYCLES)
 def test_fifty_cycles_leave_nothing(zoo: Any, named: str) -> None:
+    census = Census()
     model, x = zoo.make("mlp")
     esper.wrap(model, example_inputs=x)
     optimizer = optim.AdamW(model.parameters(), lr=0.001)
@@ -69,7 +85,7 @@ def test_fifty_cycles_leave_nothing(zoo: Any, named: str) -> None:
 
     for _ in range(3):
         cycle()
-    before = counts(model, optimizer)
+    before = census(model, optimizer)
     for _ in range(50):
         cycle()
-    assert counts(model, optimizer) == before
+    assert census(model, optimizer) == before

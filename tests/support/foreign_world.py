@@ -4,10 +4,8 @@ import copy
 import dataclasses
 import sys
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from foreign_models import Foreign
@@ -15,6 +13,7 @@ from torch import Tensor
 from torch import nn
 
 import esper
+from esper.runtime.kasmina.wrapping.calls import tensors_in
 
 ESPER = str(Path(esper.__file__).parent)
 RATE = 0.01
@@ -31,21 +30,6 @@ def wrapped(foreign: Foreign, model: nn.Module | None = None) -> nn.Module:
     """A model (a new one where none is given) that can grow at every layer and at every block."""
     given = seeded(foreign) if model is None else model
     return esper.wrap(given, ["*", *foreign.blocks], exclude=foreign.exclude, example_inputs=foreign.batch())
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors of what a model returned."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, field.name))
 
 
 def evaluated(model: nn.Module, foreign: Foreign) -> list[Tensor]:

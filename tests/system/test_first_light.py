@@ -168,6 +168,8 @@ def test_a_branch_repeats_its_parent_or_goes_another_way(grown: dict[str, Any], 
     assert listed["waited"] == "digits-1" and listed["digits-1"] is None
     assert stack.ok("history", "digits-1", "--json").document == before
     assert stack.run("fork", "digits-1", "--epoch", "99", "--run-id", "nothing").code == 6
+    before_the_branch = stack.run("fork", "held", "--epoch", "2", "--run-id", "nothing")
+    assert before_the_branch.code == 6 and "esper-cli fork digits-1 --epoch 2" in before_the_branch.err
     assert stack.run("fork", "digits-1", "--epoch", "5", "--run-id", "same").code == 5
 
 

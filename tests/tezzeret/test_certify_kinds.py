@@ -5,16 +5,14 @@ import json
 
 import pytest
 import torch
+from site_world import contract_of
 from torch import nn
 
 from esper.contracts.assets import Certificate
 from esper.contracts.assets import SiteContract
 from esper.contracts.config import OptimizerConfig
-from esper.contracts.operational import LayerGraph
-from esper.contracts.operational import SiteNode
 from esper.runtime.tezzeret import parity
 from esper.runtime.tezzeret.blueprints.registry import list_blueprints
-from esper.runtime.tezzeret.blueprints.registry import site_contract_for
 from esper.runtime.tezzeret.build import build_kernel
 from esper.runtime.tezzeret.build import files_of
 from esper.runtime.tezzeret.build import load_kernel
@@ -69,24 +67,16 @@ SITES = {
 }
 
 
-def contracts() -> list[tuple[str, str, SiteContract]]:
-    found = []
-    for name, contract in SITES.items():
-        node = SiteNode(contract=contract, parameter_count=0, flops_per_sample=0, depth=0, widen_output=None, seeds=())
-        graph = LayerGraph(nodes=(node,), edges=())
-        for blueprint in list_blueprints():
-            fitted = site_contract_for(blueprint.name, node, graph)
-            if fitted is not None:
-                found.append((name, blueprint.name, fitted))
-    return found
-
-
-FITTING = contracts()
+FITTING = [
+    (name, blueprint.name, fitted)
+    for name, contract in SITES.items()
+    for blueprint in list_blueprints()
+    if (fitted := contract_of(blueprint.name, contract)) is not None
+]
 CONFIGURED = [
     OptimizerConfig(name="adamw", lr=0.012, weight_decay=0.01, clip=1.0),
     OptimizerConfig(name="sgd", lr=0.1, momentum=0.9),
 ]
-FIRST = {"channel_axis": "first"}
 WITHOUT_TIMINGS = {"forward_us": 0.0, "host_forward_us": 0.0}
 
 
@@ -98,14 +88,7 @@ def certificate_of(blueprint: str, contract: SiteContract, optimizer=None, **hyp
 @pytest.mark.parametrize(
     ("where", "blueprint", "contract"), FITTING, ids=lambda value: value if isinstance(value, str) else ""
 )
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        OptimizerConfig(name="adamw", lr=0.012, weight_decay=0.01, clip=1.0),
-        OptimizerConfig(name="sgd", lr=0.1, momentum=0.9),
-    ],
-    ids=["adamw", "sgd"],
-)
+@pytest.mark.parametrize("optimizer", CONFIGURED, ids=["adamw", "sgd"])
 def test_every_blueprint_passes_on_every_kind_of_site(where, blueprint, contract, optimizer):
     certificate = certificate_of(blueprint, contract, optimizer)
     assert certificate.passed, certificate.failures
@@ -248,9 +231,12 @@ def test_an_optimizer_at_the_foot_of_its_warm_up_is_stood_in_for():
 def test_a_configured_optimizer_is_the_one_that_the_run_trains_with(name):
     config = OptimizerConfig(name=name, lr=0.02, weight_decay=0.3, momentum=0.7 if name == "sgd" else 0.0)
     parameters = [nn.Parameter(torch.ones(2))]
-    ours, theirs = configured(config, parameters), build_optimizer(config, parameters)
-    assert type(ours) is type(theirs)
-    assert ours.state_dict() == theirs.state_dict()
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    given = {"lr": 0.02, "weight_decay": 0.3} | ({"momentum": 0.7} if name == "sgd" else {})
+    expected = kind(parameters, **given)
+    for made in (configured(config, parameters), build_optimizer(config, iter(parameters))):
+        assert type(made) is kind
+        assert made.state_dict() == expected.state_dict()
 
 
 def test_running_statistics_and_the_kernel_itself_stay_as_they_were():

@@ -17,11 +17,9 @@ def fork(
         ),
     ] = None,
     values: options.SetOption = None,
-    run_id: Annotated[
-        str | None, typer.Option("--run-id", metavar="ID", help="Default: <name>-<UTC time>-<4 hex digits>.")
-    ] = None,
+    run_id: options.RunIdOption = None,
     output_folder: options.OutputOption = None,
-    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return as soon as the run has begun.")] = False,
+    detach: options.DetachFlag = False,
     as_json: options.JsonFlag = False,
 ) -> int:
     """Start a new run from the checkpoint of an epoch of another, which stays as it is."""

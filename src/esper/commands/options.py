@@ -24,6 +24,10 @@ DatabaseOption = Annotated[
     str | None,
     typer.Option("--database", metavar="URL", help="The Urza database (default: that of ESPER_HOME)."),
 ]
+RunIdOption = Annotated[
+    str | None, typer.Option("--run-id", metavar="ID", help="Default: <name>-<UTC time>-<4 hex digits>.")
+]
+DetachFlag = Annotated[bool, typer.Option("--detach", "-d", help="Return as soon as the run has begun.")]
 DecisionOption = Annotated[
     str, typer.Option("--decision", metavar="wait|SITE:BLUEPRINT", help="What is decided on that epoch instead.")
 ]

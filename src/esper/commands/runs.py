@@ -12,11 +12,9 @@ def start_run(
     quick_start: options.QuickStartOption = None,
     config: options.ConfigOption = None,
     values: options.SetOption = None,
-    run_id: Annotated[
-        str | None, typer.Option("--run-id", metavar="ID", help="Default: <name>-<UTC time>-<4 hex digits>.")
-    ] = None,
+    run_id: options.RunIdOption = None,
     output_folder: options.OutputOption = None,
-    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return as soon as the run has begun.")] = False,
+    detach: options.DetachFlag = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build model and data, run one batch, contact nothing.")
     ] = False,

@@ -2,24 +2,25 @@
 
 import asyncio
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from esper.commands.actions import connections
 from esper.commands.actions import launch
 from esper.commands.actions import records
 from esper.contracts.config import EsperConfig
-from esper.contracts.enums import DecisionKind
 from esper.contracts.messages import RequestAdaptation
-from esper.contracts.operational import AdaptationDecision
 from esper.contracts.orders import RunRecord
 from esper.errors import ConfigurationError
 from esper.errors import IntegrityError
 from esper.errors import NotFoundError
-from esper.runtime.configuration import check_run_id
 from esper.runtime.configuration import dump_config
 from esper.runtime.configuration import load_config
+from esper.runtime.run_document import RunView
+from esper.runtime.tamiyo.by_hand import wait_by_hand
 from esper.runtime.tolaria.branching import ParentRecords
 from esper.runtime.tolaria.branching import branch_off
+from esper.runtime.urza.ledger import CommittedHead
 
 FIXED = ("run.name", "task.", "kasmina.", "urza.")
 """Settings that a branch shares with its parent: they make the model, or say where the records are."""
@@ -40,24 +41,22 @@ def prepare(
     Raises `NotFoundError` (ESP-505 no such run or epoch), `ConfigurationError` (ESP-2xx), `IntegrityError` (ESP-407
     the checkpoint of that epoch is damaged or was collected).
     """
-    record, known = asyncio.run(_read(parent, epoch))
-    config = _config(record, values)
-    chosen = check_run_id(run_id) if run_id is not None else launch.new_run_id(config.run.name)
-    named, folder = launch.checked_folder(config, chosen, output_folder)
-    report = next(report for report in known.reports if report.epoch == epoch)
-    sites = {node.contract.site for node in report.graph.nodes}
+    view, head = asyncio.run(_read(parent, epoch))
+    prepared = launch.checked(_config(view.record, values), run_id, output_folder)
+    sites = {node.contract.site for node in view.reports[epoch - 1].graph.nodes}
     if requested is not None and requested.site not in sites:
         raise ConfigurationError(
             "ESP-209", f"--decision: there is no site {requested.site!r}", hint=f"Sites: {', '.join(sorted(sites))}"
         )
-    store = connections.store(config.urza)
+    decision = wait_by_hand(parent, epoch, "forked", "a person branched off here with the decision to wait")
+    store = connections.store(prepared.config.urza)
     try:
         branch = branch_off(
-            known,
+            ParentRecords(parent, head.head, head.manifest, view.reports, view.decisions, view.adaptations),
             epoch,
-            chosen,
-            config,
-            decision=_waiting(parent, epoch) if wait else None,
+            prepared.run_id,
+            prepared.config,
+            decision=decision if wait else None,
             get=store.get,
             put=store.put,
         )
@@ -68,23 +67,30 @@ def prepare(
             hint="Checkpoints between those that are kept may have been collected; `esper-cli history` shows decisions",
             run_id=parent,
         ) from error
-    return launch.Prepared(config, chosen, named, folder, launch.code_location(), branch=branch, requested=requested)
+    return replace(prepared, branch=branch, requested=requested)
 
 
-async def _read(run_id: str, epoch: int) -> tuple[RunRecord, ParentRecords]:
+async def _read(run_id: str, epoch: int) -> tuple[RunView, CommittedHead]:
+    """The run, and the head that its epoch ended with."""
     async with connections.library() as library:
         known = records.require(library, run_id)
-        record = await known.run(run_id)
-        reports = await known.reports(run_id)
-        report = next((report for report in reports if report.epoch == epoch), None)
-        if report is None:
-            last = reports[-1].epoch if reports else 0
-            raise NotFoundError("ESP-505", f"run {run_id} has no epoch {epoch}, it has 1 to {last}", run_id=run_id)
+        view = await records.look(known, run_id, None)
         heads = {item.head.digest: item for item in await known.heads(run_id)}
-        committed = heads[report.head.digest]
-        decisions, adaptations = await known.decisions(run_id), await known.adaptations(run_id)
-    parent = ParentRecords(run_id, committed.head, committed.manifest, reports, decisions, adaptations)
-    return record, parent
+    if not 1 <= epoch <= len(view.reports):
+        raise NotFoundError(
+            "ESP-505", f"run {run_id} has no epoch {epoch}, it has 1 to {len(view.reports)}", run_id=run_id
+        )
+    lineage, head = view.record.lineage, heads.get(view.reports[epoch - 1].head.digest)
+    if head is None and lineage is not None:
+        raise NotFoundError(
+            "ESP-505",
+            f"epoch {epoch} of run {run_id} lies before it branched off {lineage.parent} after epoch {lineage.epoch}",
+            hint=f"`esper-cli fork {lineage.parent} --epoch {epoch}` branches off there",
+            run_id=run_id,
+        )
+    if head is None:
+        raise IntegrityError("ESP-407", f"run {run_id} has no head for the end of epoch {epoch}", run_id=run_id)
+    return view, head
 
 
 def _config(record: RunRecord, values: list[str]) -> EsperConfig:
@@ -99,14 +105,3 @@ def _config(record: RunRecord, values: list[str]) -> EsperConfig:
         path = Path(folder) / "config.yaml"
         path.write_text(dump_config(record.config), encoding="utf-8")
         return load_config(path, overrides=values, environment={})
-
-
-def _waiting(run_id: str, epoch: int) -> AdaptationDecision:
-    return AdaptationDecision(
-        run_id=run_id,
-        epoch=epoch,
-        policy="person",
-        kind=DecisionKind.WAIT,
-        code="forked",
-        reason="a person branched off here with the decision to wait",
-    )

@@ -85,27 +85,27 @@ def prepare(
     for name in LEAST:
         check_version(name)
     check_current_folder()
-    resolved = connections.read_configuration(quick_start, config, values)
+    return checked(connections.read_configuration(quick_start, config, values), run_id, output_folder)
+
+
+def checked(resolved: EsperConfig, run_id: str | None, output_folder: str | None) -> Prepared:
+    """A run of that configuration, if paths, run id and machine allow it. Raises as `prepare`, and `RunConflict`
+    (ESP-501)."""
     chosen = check_run_id(run_id) if run_id is not None else new_run_id(resolved.run.name)
-    named, folder = checked_folder(resolved, chosen, output_folder)
+    named = output_folder if output_folder is not None else f"results/{chosen}"
+    try:
+        folder = check_output_folder(named)
+    except ConfigurationError:
+        if output_folder is None:
+            # The default folder is most likely full because that very run wrote it: then this is a conflict of ids.
+            asyncio.run(_refuse_recorded(resolved, chosen))
+        raise
     connections.check_remote(resolved)
     if resolved.urza.objects != "default":
         connections.store(resolved.urza)
     if connections.is_local(resolved):
         check_on_this_machine(resolved)
     return Prepared(resolved, chosen, named, folder, code_location())
-
-
-def checked_folder(config: EsperConfig, run_id: str, given: str | None) -> tuple[str, Path]:
-    """The output folder of a new run, as it is named and where it is. Raises `ConfigurationError` (ESP-208),
-    `RunConflict` (ESP-501) where the default folder is full because a run of that id wrote it."""
-    named = given if given is not None else f"results/{run_id}"
-    try:
-        return named, check_output_folder(named)
-    except ConfigurationError:
-        if given is None:
-            asyncio.run(_refuse_recorded(config, run_id))
-        raise
 
 
 def new_run_id(name: str) -> str:

@@ -9,11 +9,11 @@ from temporalio.client import Client
 from esper.commands import output
 from esper.commands.actions import connections
 from esper.commands.actions import records
+from esper.contracts.orders import RunRecord
 from esper.errors import ConfigurationError
 from esper.errors import DivergenceError
 from esper.errors import IntegrityError
 from esper.errors import NotFoundError
-from esper.runtime.run_document import RunView
 from esper.runtime.temporal.replay import ReplayReport
 from esper.runtime.temporal.replay import replay_history
 from esper.runtime.urza.library import Library
@@ -45,8 +45,8 @@ async def replay(target: str) -> list[ReplayReport]:
 async def run_histories(run_id: str) -> list[str]:
     """Every stored history of a run and its children, as JSON. Raises `NotFoundError` (ESP-505)."""
     async with connections.library() as library:
-        view = await records.look(records.require(library, run_id), run_id, None)
-        return await _histories(records.require(library, run_id), view)
+        known = records.require(library, run_id)
+        return await _histories(known, await known.run(run_id))
 
 
 def write_reports(reports: list[ReplayReport], *, as_json: bool) -> int:
@@ -67,14 +67,14 @@ def write_reports(reports: list[ReplayReport], *, as_json: bool) -> int:
     return 0
 
 
-async def _histories(library: Library, view: RunView) -> list[str]:
+async def _histories(library: Library, record: RunRecord) -> list[str]:
     """From Urza where they are stored, else from the server: the run's own executions and its children's."""
-    run_id = view.record.run_id
+    run_id = record.run_id
     stored = await library.histories(run_id)
     if stored:
         store = connections.store()
         return [(await asyncio.to_thread(store.get, history.events)).decode() for history in stored]
-    client = await connections.client(view.record.config.temporal)
+    client = await connections.client(record.config.temporal)
     fetched = await _fetch(client, run_id)
     if not fetched:
         raise NotFoundError(

@@ -32,8 +32,8 @@ def reproduce_run(run_id: str, *, as_json: bool) -> int:
 
     outcome = reproduce(recorded, tick)
     expected = record.finished.digest if record.finished is not None else None
-    _write(outcome, expected, as_json=as_json)
     problems = _problems(outcome, expected)
+    _write(outcome, expected, clean=not problems, as_json=as_json)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise DivergenceError(
@@ -69,13 +69,13 @@ async def _recorded(run_id: str) -> tuple[RunRecord, RecordedRun]:
     return record, RecordedRun(run_id=run_id, config=config, facts=facts, heads=heads, get=store.get, start=start)
 
 
-def _write(outcome: Reproduction, expected: str | None, *, as_json: bool) -> None:
+def _write(outcome: Reproduction, expected: str | None, *, clean: bool, as_json: bool) -> None:
     if as_json:
         output.write_json(
             {
                 "schema": 1,
                 "run_id": outcome.run_id,
-                "clean": not _problems(outcome, expected),
+                "clean": clean,
                 "digest": outcome.digest,
                 "recorded_digest": expected,
                 "heads": [asdict(head) for head in outcome.heads],

@@ -11,6 +11,7 @@ from esper.contracts.messages import RequestAdaptation
 from esper.contracts.operational import AdaptationDecision
 from esper.errors import ConfigurationError
 from esper.errors import NotFoundError
+from esper.runtime.tamiyo.by_hand import wait_by_hand
 from esper.runtime.temporal.what_if import Command
 from esper.runtime.temporal.what_if import Difference
 from esper.runtime.temporal.what_if import RecordedDecision
@@ -69,14 +70,7 @@ async def _suppose(
 def _decided(recorded: RecordedDecision, wanted: RequestAdaptation | None) -> AdaptationDecision:
     if wanted is None:
         score = recorded.request.score
-        return AdaptationDecision(
-            run_id=score.run_id,
-            epoch=score.report.epoch,
-            policy="person",
-            kind=DecisionKind.WAIT,
-            code="supposed",
-            reason="supposed: to wait",
-        )
+        return wait_by_hand(score.run_id, score.report.epoch, "supposed", "supposed: to wait")
     # The strategist loads torch: nobody waits for that who supposes a WAIT.
     from esper.runtime.tamiyo.decision import decide
 

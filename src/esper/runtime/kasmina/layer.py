@@ -20,9 +20,9 @@ from esper.runtime.kasmina.bank import add_seeds
 from esper.runtime.kasmina.digest import dtype_name
 from esper.runtime.kasmina.tap import Tap
 from esper.runtime.kasmina.wrapping.calls import Place
+from esper.runtime.kasmina.wrapping.calls import argument_tensors
 from esper.runtime.kasmina.wrapping.calls import put_back
 from esper.runtime.kasmina.wrapping.calls import taken
-from esper.runtime.kasmina.wrapping.calls import tensors_in
 from esper.runtime.kasmina.wrapping.geometry import Frame
 from esper.runtime.kasmina.wrapping.hosts import HostKind
 from esper.runtime.kasmina.wrapping.hosts import kind_named
@@ -211,7 +211,7 @@ def _unfit(state: SiteState, returned: Any, obstacle: str) -> Any:
 def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Tensor, int], ...]:
     if torch.compiler.is_compiling():
         return ()
-    return tuple((t, t._version) for t in tensors_in((*args, *kwargs.values())) if not t.is_inference())
+    return tuple((t, t._version) for t in argument_tensors((*args, *kwargs.values())) if not t.is_inference())
 
 
 def _shown(output: Tensor) -> str:

@@ -8,6 +8,7 @@ from esper.contracts.operational import Alternative
 from esper.contracts.orders import DecisionRequest
 from esper.contracts.orders import ScoreRequest
 from esper.errors import BlueprintError
+from esper.runtime.tamiyo.by_hand import PERSON
 from esper.runtime.tamiyo.candidates import Candidate
 from esper.runtime.tamiyo.candidates import candidates
 from esper.runtime.tamiyo.candidates import free_slot
@@ -23,9 +24,6 @@ from esper.runtime.tezzeret.blueprints.registry import cost
 from esper.runtime.tezzeret.blueprints.registry import get_blueprint
 from esper.runtime.tezzeret.blueprints.registry import resolve_hyperparameters
 from esper.runtime.tezzeret.blueprints.registry import site_contract_for
-
-PERSON = "person"
-"""Stands in `AdaptationDecision.policy` where a person decided."""
 
 
 def decide(request: DecisionRequest) -> AdaptationDecision:

@@ -7,9 +7,9 @@ have: from there on the past is another, and nobody knows how it would have gone
 
 import base64
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from pydantic import BaseModel
@@ -62,19 +62,20 @@ class Difference:
 def recorded_decision(history: str | dict[str, Any], epoch: int) -> RecordedDecision:
     """The decision on one epoch as the run's history has it. Raises `NotFoundError` (ESP-505)."""
     events = parse_history(history)["events"]
-    request = None
-    decided = []
+    asked: dict[int, bytes] = {}
+    decided: list[int] = []
     for event in events:
         started = event.get("startChildWorkflowExecutionInitiatedEventAttributes", {})
-        if str(started.get("workflowId", "")).endswith(f"/tamiyo/{epoch}"):
-            request = DecisionRequest.model_validate_json(_data(started["input"]))
+        if (of := _epoch(started.get("workflowId", ""))) is not None:
+            asked[of] = _data(started["input"])
         completed = event.get("childWorkflowExecutionCompletedEventAttributes", {})
-        if request is not None and _is_decision(completed, epoch):
+        if (of := _decided_epoch(completed)) is None:
+            continue
+        if of == epoch and of in asked:
+            request = DecisionRequest.model_validate_json(asked[of])
             decision = AdaptationDecision.model_validate_json(_data(completed["result"]))
             return RecordedDecision(int(event["eventId"]), request, decision)
-        if "childWorkflowExecutionCompletedEventAttributes" in event:
-            identity = completed.get("workflowExecution", {}).get("workflowId", "")
-            decided += [identity.rpartition("/")[2]] if "/tamiyo/" in identity else []
+        decided.append(of)
     known = f"this history holds decisions on epochs {decided[0]} to {decided[-1]}" if decided else "it holds none"
     raise NotFoundError("ESP-505", f"no decision on epoch {epoch} was taken: {known}")
 
@@ -84,7 +85,7 @@ def with_decision(history: str | dict[str, Any], epoch: int, decision: Adaptatio
     document = copy.deepcopy(parse_history(history))
     for event in document["events"]:
         completed = event.get("childWorkflowExecutionCompletedEventAttributes", {})
-        if _is_decision(completed, epoch):
+        if _decided_epoch(completed) == epoch:
             data = base64.b64encode(decision.model_dump_json().encode()).decode()
             completed["result"]["payloads"][0]["data"] = data
     return document
@@ -95,41 +96,40 @@ async def first_difference(
 ) -> Difference | None:
     """The first command that the edited history leads to and the recorded one does not; None when there is none."""
     before, after = await _commands(recorded, workflows), await _commands(edited, workflows)
-    for first, second in zip(before, after, strict=False):
-        if first != second:
-            return Difference(first, second)
-    if len(after) == len(before):
-        return None
-    longer = max(before, after, key=len)[min(len(before), len(after))]
-    return Difference(longer, None) if len(before) > len(after) else Difference(None, longer)
+    pairs = (Difference(first, second) for first, second in zip_longest(before, after))
+    return next((pair for pair in pairs if pair.recorded != pair.would_be), None)
 
 
 async def _commands(history: str | dict[str, Any], workflows: Sequence[type]) -> list[Command]:
     document = parse_history(history)
     workflow_id = document["events"][0]["workflowExecutionStartedEventAttributes"]["workflowId"]
-    _Recorder.commands = []
-    replayer = Replayer(
-        workflows=workflows, plugins=[EsperPlugin()], interceptors=[_Recording()], runtime=quiet_runtime()
-    )
+    recording = _Recording()
+    replayer = Replayer(workflows=workflows, plugins=[EsperPlugin()], interceptors=[recording], runtime=quiet_runtime())
     # An edited history fails to replay where it differs: that is what is looked for.
     await replayer.replay_workflow(WorkflowHistory.from_json(workflow_id, document), raise_on_replay_failure=False)
-    return _Recorder.commands
+    return recording.commands
 
 
 class _Recording(Interceptor):
+    def __init__(self) -> None:
+        self.commands: list[Command] = []
+
     def workflow_interceptor_class(
         self, input: WorkflowInterceptorClassInput
     ) -> type[WorkflowInboundInterceptor] | None:
-        return _Inbound
+        commands = self.commands
 
+        class Inbound(WorkflowInboundInterceptor):
+            def init(self, outbound: WorkflowOutboundInterceptor) -> None:
+                super().init(_Recorder(outbound, commands))
 
-class _Inbound(WorkflowInboundInterceptor):
-    def init(self, outbound: WorkflowOutboundInterceptor) -> None:
-        super().init(_Recorder(outbound))
+        return Inbound
 
 
 class _Recorder(WorkflowOutboundInterceptor):
-    commands: list[Command] = []  # noqa: RUF012 - one replay at a time, and the sandbox shares this module
+    def __init__(self, next: WorkflowOutboundInterceptor, commands: list[Command]) -> None:
+        super().__init__(next)
+        self.commands = commands
 
     def start_activity(self, input: StartActivityInput) -> ActivityHandle[Any]:
         self.commands.append(Command("activity", f"{input.activity} ({input.summary})", _plain(input.args)))
@@ -149,9 +149,15 @@ def _plain(arguments: Sequence[Any]) -> Any:
     return argument.model_dump(mode="json") if isinstance(argument, BaseModel) else argument
 
 
-def _is_decision(completed: dict[str, Any], epoch: int) -> bool:
-    return str(completed.get("workflowExecution", {}).get("workflowId", "")).endswith(f"/tamiyo/{epoch}")
+def _decided_epoch(completed: dict[str, Any]) -> int | None:
+    """The epoch that a child which completed has decided on; None for any other child."""
+    return _epoch(completed.get("workflowExecution", {}).get("workflowId", ""))
+
+
+def _epoch(workflow_id: str) -> int | None:
+    _, found, epoch = workflow_id.rpartition("/tamiyo/")
+    return int(epoch) if found else None
 
 
 def _data(payloads: dict[str, Any]) -> bytes:
-    return base64.b64decode(json.loads(json.dumps(payloads))["payloads"][0]["data"])
+    return base64.b64decode(payloads["payloads"][0]["data"])

@@ -56,8 +56,7 @@ def build_kernel(
     lacks what it needs.
     """
     resolved = resolve_hyperparameters(blueprint, site, hyperparameters)
-    graph = kernel_graph(blueprint, site, resolved)
-    check_graph(graph, max_parameters=max_parameters, max_flops=max_flops)
+    graph = kernel_graph(blueprint, site, resolved, max_parameters=max_parameters, max_flops=max_flops)
     return files_of(
         graph,
         site,

@@ -40,7 +40,6 @@ from esper.runtime.tezzeret.frames import receive_message
 from esper.runtime.tezzeret.frames import send_message
 from esper.runtime.tezzeret.initialisers import DEFAULT
 from esper.runtime.tezzeret.ir import canonical_json
-from esper.runtime.tezzeret.ir import check_graph
 from esper.runtime.tezzeret.samples import SiteSamples
 from esper.runtime.tezzeret.samples import pack_samples
 
@@ -238,8 +237,7 @@ def build_in_child(
     user wrote is known to this process only, and no child imports anything for it.
     """
     resolved = resolve_hyperparameters(blueprint, site, hyperparameters)
-    graph = kernel_graph(blueprint, site, resolved)
-    check_graph(graph, max_parameters=max_parameters, max_flops=max_flops)
+    graph = kernel_graph(blueprint, site, resolved, max_parameters=max_parameters, max_flops=max_flops)
     arguments = {
         "graph": graph.model_dump(mode="json"),
         "blueprint": blueprint,

@@ -5,7 +5,6 @@ after it, is left out. An order that was on its way is an order of the branch, a
 """
 
 import json
-from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +23,12 @@ from esper.contracts.operational import HeadRef
 from esper.contracts.operational import JudgeReport
 from esper.contracts.orders import Lineage
 from esper.runtime.tezzeret.ir import canonical_json
+from esper.runtime.tolaria.checkpoint import Get
+from esper.runtime.tolaria.checkpoint import Put
 from esper.runtime.tolaria.checkpoint import fingerprint
 from esper.runtime.tolaria.checkpoint import read_manifest
 from esper.runtime.tolaria.live.run_state import RunState
 from esper.runtime.urza.branches import Branch
-
-Get = Callable[[ArtifactRef], bytes]
-Put = Callable[[bytes], ArtifactRef]
 
 ContractT = TypeVar("ContractT", bound=Contract)
 

@@ -17,23 +17,15 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.optim import SGD
-from torch.optim import Adam
-from torch.optim import AdamW
 from torch.optim import Optimizer
 
 from esper.contracts.config import OptimizerConfig
+from esper.runtime.tezzeret.certifying.steps import configured
 
 
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """The configured optimizer; whatever the configuration does not name is torch's default."""
-    match config.name:
-        case "sgd":
-            return SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-        case "adam":
-            return Adam(parameters, lr=config.lr, weight_decay=config.weight_decay)
-        case "adamw":
-            return AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    """The configured optimizer, as the certificate of a kernel tries it: what is not configured is torch's default."""
+    return configured(config, list(parameters))
 
 
 def clip_gradients(model: nn.Module, largest_norm: float | None) -> None:

@@ -22,13 +22,12 @@ from esper.contracts.orders import Lease
 from esper.errors import IntegrityError
 from esper.errors import NotFoundError
 from esper.runtime.tolaria.checkpoint import CheckpointManifest
+from esper.runtime.tolaria.checkpoint import Get
 from esper.runtime.tolaria.checkpoint import read_manifest
 from esper.runtime.tolaria.live.live_run import VERDICTS
 from esper.runtime.tolaria.session import Session
 from esper.runtime.tolaria.store import Progress
 from esper.runtime.urza.objects import FolderStore
-
-Get = Callable[[ArtifactRef], bytes]
 
 
 @dataclass(frozen=True)

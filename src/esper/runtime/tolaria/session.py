@@ -262,8 +262,9 @@ class Session:
         shared = self._shared
         if shared.run.step not in self._commit_at:
             return False
-        shared.run.wait_for_writer(lambda commit: shared.stall_for(commit, pulse))
-        shared.stall_for(shared.run.commit(), pulse)
+        if not shared.run.committed:
+            shared.run.wait_for_writer(lambda commit: shared.stall_for(commit, pulse))
+            shared.stall_for(shared.run.commit(), pulse)
         return shared.run.step == max(self._commit_at)
 
     def _take_step(self) -> int:

@@ -1,7 +1,6 @@
 """The model of a run outside of its session: put together from what Urza holds, to be taken away."""
 
 import tempfile
-from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from esper.runtime.kasmina.keeping.persistence import GROWTH_FILE
 from esper.runtime.kasmina.keeping.persistence import WEIGHTS_FILE
 from esper.runtime.kasmina.keeping.persistence import load
 from esper.runtime.kasmina.wrapping.undisturbed import undisturbed
+from esper.runtime.tolaria.checkpoint import Get
 from esper.runtime.tolaria.checkpoint import restore
 from esper.runtime.tolaria.checkpoint import restore_model
 from esper.runtime.tolaria.plan import wrapped
@@ -68,7 +68,7 @@ def finished_model(config: EsperConfig, files: Mapping[str, bytes]) -> TakenMode
         return TakenModel(load(folder, task.model), task)
 
 
-def head_model(config: EsperConfig, manifest: ArtifactRef, fetch: Callable[[ArtifactRef], bytes]) -> TakenModel:
+def head_model(config: EsperConfig, manifest: ArtifactRef, fetch: Get) -> TakenModel:
     """The model at a committed head. Raises the errors of `load_task`, `restore` and `restore_model`."""
     restored = restore(manifest, fetch)
     task = load_task(config.task, config.run.seed)

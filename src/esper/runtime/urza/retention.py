@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from esper.contracts.assets import ArtifactRef
 from esper.contracts.enums import DecisionKind
+from esper.contracts.operational import EpochReport
 from esper.runtime.urza import ledger
 from esper.runtime.urza.ledger import CommittedHead
 from esper.runtime.urza.tables import decisions as decision_table
@@ -53,10 +54,14 @@ async def needed(connection: AsyncConnection) -> Needed:
         manifests |= {item.head.digest: item.manifest for item in committed}
         if run.lineage is not None:
             kept |= {item.head.digest for item in committed if item.head.parent is None}
-        kept |= _last_heads(committed, run.head) | await _decided_on(connection, run.run_id)
+        reports, ordered = (
+            await ledger.reports(connection, run.run_id, 0),
+            await _ordered_epochs(connection, run.run_id),
+        )
+        kept |= _last_heads(committed, run.head) | {each.head.digest for each in reports if each.epoch in ordered}
         if run.finished is not None:
             digests |= {ref.digest for ref in run.finished.files.values()}
-        digests |= await _samples(connection, run.run_id)
+        digests |= _samples(reports, ordered)
     for fact in (await connection.execute(select(fact_table.c.fact))).scalars():
         digests |= set(references_in(fact.model_dump(mode="json")))
     for kernel in (await connection.execute(select(kernel_table.c.kernel))).scalars():
@@ -88,21 +93,14 @@ def _last_heads(committed: Sequence[CommittedHead], current: str | None) -> set[
     return kept
 
 
-async def _decided_on(connection: AsyncConnection, run_id: str) -> set[str]:
-    """The heads of the epochs after which something other than WAIT was decided."""
-    epochs = await _ordered_epochs(connection, run_id)
-    return {report.head.digest for report in await ledger.reports(connection, run_id, 0) if report.epoch in epochs}
-
-
 async def _ordered_epochs(connection: AsyncConnection, run_id: str) -> set[int]:
+    """The epochs after which something other than WAIT was decided."""
     query = select(decision_table.c.decision).where(decision_table.c.run_id == run_id)
     decided = (await connection.execute(query)).scalars()
     return {decision.epoch for decision in decided if decision.kind is not DecisionKind.WAIT}
 
 
-async def _samples(connection: AsyncConnection, run_id: str) -> set[str]:
+def _samples(reports: Sequence[EpochReport], ordered: set[int]) -> set[str]:
     """Site samples that a build may still ask for: those of orders, and of epochs that may not be decided on yet."""
-    epochs = await _ordered_epochs(connection, run_id)
-    reports = await ledger.reports(connection, run_id, 0)
-    kept = [report for index, report in enumerate(reports) if report.epoch in epochs or index >= len(reports) - 2]
+    kept = [report for index, report in enumerate(reports) if report.epoch in ordered or index >= len(reports) - 2]
     return {report.site_samples.digest for report in kept if report.site_samples is not None}

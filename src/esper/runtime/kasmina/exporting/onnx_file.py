@@ -13,10 +13,10 @@ from esper.errors import GrowthError
 from esper.errors import IntegrityError
 from esper.errors import PackageMissing
 from esper.runtime.kasmina.exporting.probe import Probe
-from esper.runtime.kasmina.exporting.probe import tensors_in
 from esper.runtime.kasmina.exporting.quiet import first_line
 from esper.runtime.kasmina.exporting.quiet import quietly
 from esper.runtime.kasmina.exporting.traced import every_dimension
+from esper.runtime.kasmina.wrapping.calls import tensors_in
 
 ONNX_FILE = "model.onnx"
 _LARGEST = 2**31 - 2**20

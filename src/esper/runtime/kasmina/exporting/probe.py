@@ -1,10 +1,8 @@
 """The probe batch of an export: a few rows and what the model itself made of them, stored beside what was exported."""
 
-import dataclasses
 import inspect
 import json
 import math
-from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +17,7 @@ from torch import nn
 
 from esper.errors import GrowthError
 from esper.errors import IntegrityError
+from esper.runtime.kasmina.wrapping.calls import tensors_in
 
 PROBE_FILE = "probe.safetensors"
 _STRUCTURE = "esper.probe"
@@ -106,21 +105,6 @@ def take_probe(model: nn.Module, args: tuple[Any, ...], keywords: Mapping[str, A
         if output.is_floating_point() and torch.isnan(output).any():
             raise GrowthError("ESP-438", f"output {index} of {type(model).__name__} has NaN on the example inputs")
     return Probe(stored_args, stored, outputs)
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors of a result: of tuples, lists, mappings and dataclasses, in their order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, field.name))
 
 
 def compare(expected: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> Comparison:

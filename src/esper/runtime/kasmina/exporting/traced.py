@@ -23,9 +23,9 @@ from esper.runtime.kasmina.exporting.literals import Switch
 from esper.runtime.kasmina.exporting.literals import Unwritable
 from esper.runtime.kasmina.exporting.probe import Probe
 from esper.runtime.kasmina.exporting.probe import compare
-from esper.runtime.kasmina.exporting.probe import tensors_in
 from esper.runtime.kasmina.exporting.quiet import first_line
 from esper.runtime.kasmina.exporting.quiet import quietly
+from esper.runtime.kasmina.wrapping.calls import tensors_in
 
 _BOOKKEEPING = ("_assert", "sym_constrain", "_guards")
 """Operations of `torch.export` that check and compute nothing."""

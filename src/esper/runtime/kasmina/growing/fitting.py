@@ -21,9 +21,8 @@ from esper.runtime.kasmina.wrapping.hosts import kind_named
 from esper.runtime.kasmina.wrapping.morphable import site_named
 from esper.runtime.kasmina.wrapping.morphable import sites_of
 from esper.runtime.kasmina.wrapping.undisturbed import undisturbed
-from esper.runtime.tezzeret.blueprints.registering import TABLE
 from esper.runtime.tezzeret.blueprints.registry import fitted_contract
-from esper.runtime.tezzeret.blueprints.registry import get_blueprint
+from esper.runtime.tezzeret.blueprints.registry import registered
 from esper.runtime.tezzeret.build import KernelModule
 from esper.runtime.tezzeret.initialisers import HostWeights
 from esper.runtime.tezzeret.ir import INPUT
@@ -59,11 +58,12 @@ def site_contract(model: nn.Module, site: str, blueprint: str) -> SiteContract:
     node = nodes[state_of(module).name]
     found = fitted_contract(blueprint, node, LayerGraph(nodes=tuple(nodes.values()), edges=()))
     if isinstance(found, str):
-        kinds = ", ".join(get_blueprint(blueprint).host_kinds)
-        refusal = found_pairs.refusals.get(state_of(module).name) if TABLE[blueprint].spans_pair else None
+        entry = registered(blueprint)
+        kinds = ", ".join(entry.blueprint.host_kinds)
+        refusal = found_pairs.refusals.get(state_of(module).name) if entry.spans_pair else None
         if refusal is not None:
             raise GrowthError("ESP-434", f"blueprint '{blueprint}' does not fit '{site}': {refusal}")
-        spans = "; the pair must be seen: wrap with example_inputs=" if TABLE[blueprint].spans_pair else ""
+        spans = "; the pair must be seen: wrap with example_inputs=" if entry.spans_pair else ""
         raise GrowthError(
             "ESP-434",
             f"blueprint '{blueprint}' does not fit '{site}' ({contract.kind}): {found}",

@@ -55,7 +55,7 @@ def argument(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ten
     found = args[0] if args else kwargs.get(name)
     if isinstance(found, Tensor):
         return found
-    return next(tensors_in((*args, *kwargs.values())), None)
+    return next(argument_tensors((*args, *kwargs.values())), None)
 
 
 def same_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor | None:
@@ -65,22 +65,31 @@ def same_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor)
     return next(
         (
             tensor
-            for tensor in tensors_in((*args, *kwargs.values()))
+            for tensor in argument_tensors((*args, *kwargs.values()))
             if tensor.is_floating_point() and not tensor.is_nested and tensor.shape == output.shape
         ),
         None,
     )
 
 
-def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and mappings, in order."""
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of a result: of tuples, lists, mappings and dataclasses, in their order."""
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for _, part in _parts(value):
+            yield from tensors_in(part)
+
+
+def argument_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors that `x` is chosen from: of tuples, lists and mappings, in order. Dataclasses are passed over."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, Mapping):
-            yield from tensors_in(value.values())
+            yield from argument_tensors(value.values())
         elif isinstance(value, tuple | list):
-            yield from tensors_in(value)
+            yield from argument_tensors(value)
 
 
 def _parts(returned: Any) -> Iterable[tuple[Any, Any]]:

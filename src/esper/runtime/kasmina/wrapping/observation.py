@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from esper.runtime.kasmina.layer import SiteState
 from esper.runtime.kasmina.layer import state_of
+from esper.runtime.kasmina.wrapping.calls import tensors_in
 from esper.runtime.kasmina.wrapping.geometry import Shape
 from esper.runtime.kasmina.wrapping.hosts import kind_named
 from esper.runtime.kasmina.wrapping.morphable import recording
@@ -114,11 +115,11 @@ class _Functions(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         given = kwargs or {}
-        read = list(tensors((args, given)))
+        read = list(tensors_in((args, given)))
         below = _nodes(read)
         result = func(*args, **given)
         name = str(getattr(func, "__name__", func))
-        results = list(tensors(result))
+        results = list(tensors_in(result))
         if not results and (name in _LOOKS or name == "__get__"):
             return result
         if name == "batch_norm":
@@ -287,24 +288,9 @@ def walk(starts: list[Node], stop: Callable[[Node], object] = lambda node: False
             stack.extend(below for below, _ in node.next_functions if below is not None)
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists, mappings and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors(item)
-    elif hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
-        for name in value.__dataclass_fields__:
-            yield from tensors(getattr(value, name, None))
-
-
 def _nodes(value: Any) -> tuple[Node, ...]:
     """The nodes of all tensors in a value that have one, each once."""
-    return tuple(dict.fromkeys(tensor.grad_fn for tensor in tensors(value) if tensor.grad_fn is not None))
+    return tuple(dict.fromkeys(tensor.grad_fn for tensor in tensors_in(value) if tensor.grad_fn is not None))
 
 
 def _named(value: Any) -> Any:

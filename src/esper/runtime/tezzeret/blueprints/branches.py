@@ -6,10 +6,8 @@ from esper.contracts.assets import SiteContract
 from esper.runtime.tezzeret.blueprints.parts import CONVOLUTIONS
 from esper.runtime.tezzeret.blueprints.parts import activation
 from esper.runtime.tezzeret.blueprints.parts import channels
-from esper.runtime.tezzeret.blueprints.parts import convolution
 from esper.runtime.tezzeret.blueprints.parts import graph
 from esper.runtime.tezzeret.blueprints.parts import host_convolution
-from esper.runtime.tezzeret.blueprints.parts import linear
 from esper.runtime.tezzeret.blueprints.parts import mix
 from esper.runtime.tezzeret.blueprints.parts import mix_misfit
 from esper.runtime.tezzeret.blueprints.parts import width
@@ -26,13 +24,11 @@ def _branch(site: SiteContract, rank: Scalar, name: Scalar | None) -> KernelGrap
     if site.kind in CONVOLUTIONS:
         axes = len(site.input_shape) - 1
         down = host_convolution("down", INPUT, axes, site.attributes, units, bias=biased)
-        up = convolution("up", hidden, axes, channels(site))
     elif site.kind == "embedding":
         down = _table(site, units)
-        up = linear("up", hidden, channels(site), bias=False)
     else:
         down = mix("down", INPUT, site, units, bias=biased)
-        up = mix("up", hidden, site, channels(site), bias=False)
+    up = mix("up", hidden, site, channels(site), bias=False)
     return graph(site, down, up) if name is None else graph(site, down, activation("act", "down", name), up)
 
 

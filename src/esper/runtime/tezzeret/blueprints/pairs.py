@@ -83,7 +83,7 @@ def widen(site: SiteContract, hyperparameters: Hyperparameters) -> KernelGraph:
         nodes = [linear("down", INPUT, units, bias=True)]
     for part in _between(site):
         op = str(part["op"])
-        same = sum(node.op == op or _NODE_IDS.get(node.op) == _NODE_IDS[op] for node in nodes)
+        same = sum(_NODE_IDS.get(node.op) == _NODE_IDS[op] for node in nodes)
         node_id = _NODE_IDS[op] if not same else f"{_NODE_IDS[op]}{same + 1}"
         if op == "activation":
             nodes.append(activation(node_id, nodes[-1].id, hyperparameters["activation"]))

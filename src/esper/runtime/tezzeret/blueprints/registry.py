@@ -36,6 +36,7 @@ from esper.runtime.tezzeret.blueprints.registering import Registered
 from esper.runtime.tezzeret.blueprints.registering import register_blueprint
 from esper.runtime.tezzeret.ir import INPUT
 from esper.runtime.tezzeret.ir import KernelGraph
+from esper.runtime.tezzeret.ir import TypedGraph
 from esper.runtime.tezzeret.ir import check_graph
 from esper.runtime.tezzeret.ir import shown
 from esper.runtime.tezzeret.operations.elementwise import ACTIVATIONS
@@ -49,6 +50,7 @@ __all__ = [
     "kernel_graph",
     "list_blueprints",
     "register_blueprint",
+    "registered",
     "resolve_hyperparameters",
     "site_contract_for",
 ]
@@ -70,13 +72,13 @@ def list_blueprints() -> tuple[Blueprint, ...]:
 
 def get_blueprint(name: str) -> Blueprint:
     """The blueprint of that name. Raises BlueprintError ESP-421 with near names."""
-    return _registered(name).blueprint
+    return registered(name).blueprint
 
 
 def resolve_hyperparameters(name: str, site: SiteContract, given: Mapping[str, Scalar]) -> Hyperparameters:
     """The defaults for this site with `given` put over them. Raises BlueprintError ESP-421 (unknown blueprint),
     ESP-422 (unknown hyperparameter with near names, wrong type, out of range)."""
-    entry = _registered(name)
+    entry = registered(name)
     resolved: Hyperparameters = entry.blueprint.defaults | entry.site_defaults(site)
     for key, value in given.items():
         if key not in resolved:
@@ -105,7 +107,7 @@ def fitted_contract(blueprint_name: str, node: SiteNode, graph: LayerGraph) -> S
     `attributes["width"]` is then the width between the two and, for convolutions, `attributes["pair_output"]` the
     second one's geometry. Raises BlueprintError ESP-421 for an unknown blueprint.
     """
-    entry = _registered(blueprint_name)
+    entry = registered(blueprint_name)
     contract = node.contract
     if entry.reads == "output":
         contract = contract.model_copy(update={"reads": "output", "input_shape": contract.output_shape})
@@ -127,18 +129,42 @@ def fitted_contract(blueprint_name: str, node: SiteNode, graph: LayerGraph) -> S
     return contract
 
 
-def kernel_graph(name: str, contract: SiteContract, hyperparameters: Mapping[str, Scalar]) -> KernelGraph:
+def kernel_graph(
+    name: str,
+    contract: SiteContract,
+    hyperparameters: Mapping[str, Scalar],
+    *,
+    max_parameters: int | None = None,
+    max_flops: int | None = None,
+) -> KernelGraph:
     """The checked IR of one kernel. Missing hyperparameters take their defaults.
 
     Raises BlueprintError: ESP-421 unknown blueprint, ESP-422 hyperparameters, ESP-423 the site does not take this
-    blueprint, ESP-410..418 from the graph itself, ESP-414 when the graph's output is not the site's.
+    blueprint, ESP-410..418 from the graph itself (416: it is over a budget that was given), ESP-414 when the graph's
+    output is not the site's.
     """
-    entry = _registered(name)
+    return _typed_graph(name, contract, hyperparameters, max_parameters, max_flops).graph
+
+
+def cost(name: str, contract: SiteContract, hyperparameters: Mapping[str, Scalar]) -> tuple[int, int]:
+    """(parameters, floating point operations of one sample forward) that the kernel would add."""
+    typed = _typed_graph(name, contract, hyperparameters)
+    return typed.parameter_count, typed.flops_per_sample
+
+
+def _typed_graph(
+    name: str,
+    contract: SiteContract,
+    hyperparameters: Mapping[str, Scalar],
+    max_parameters: int | None = None,
+    max_flops: int | None = None,
+) -> TypedGraph:
+    entry = registered(name)
     misfit = _misfit(entry, contract)
     if misfit is not None:
         _refuse("ESP-423", f"blueprint '{name}' does not fit site '{contract.site}': {misfit}")
     made = entry.function(contract, resolve_hyperparameters(name, contract, hyperparameters))
-    typed = check_graph(made)
+    typed = check_graph(made, max_parameters=max_parameters, max_flops=max_flops)
     if typed.input_shape != contract.input_shape:
         _refuse("ESP-414", f"graph: reads {typed.input_shape}, site '{contract.site}' has {contract.input_shape}")
     if typed.output_shape != contract.output_shape:
@@ -147,13 +173,7 @@ def kernel_graph(name: str, contract: SiteContract, hyperparameters: Mapping[str
             f"node '{made.outputs[0]}': gives {typed.output_shape} for site '{contract.site}', "
             f"'{contract.output_site}' needs {contract.output_shape}",
         )
-    return made
-
-
-def cost(name: str, contract: SiteContract, hyperparameters: Mapping[str, Scalar]) -> tuple[int, int]:
-    """(parameters, floating point operations of one sample forward) that the kernel would add."""
-    typed = check_graph(kernel_graph(name, contract, hyperparameters))
-    return typed.parameter_count, typed.flops_per_sample
+    return typed
 
 
 def host_graph(contract: SiteContract) -> KernelGraph:
@@ -188,7 +208,8 @@ def _load_installed() -> None:
             ) from error
 
 
-def _registered(name: str) -> Registered:
+def registered(name: str) -> Registered:
+    """All that is known of a blueprint. Raises BlueprintError ESP-421 with near names."""
     _load_installed()
     entry = TABLE.get(name)
     if entry is None:

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from esper.contracts.assets import SiteContract
 from esper.errors import BlueprintError
+from esper.runtime.tezzeret.blueprints.parts import channels_first
 from esper.runtime.tezzeret.blueprints.registry import host_graph
 from esper.runtime.tezzeret.ir import check_graph
 from esper.runtime.tezzeret.module import TORCH_DTYPES
@@ -75,7 +76,7 @@ class _ChannelMix(Reference):
     def __init__(self, site: SiteContract, dtype: torch.dtype) -> None:
         super().__init__()
         self.name = "channel mix"
-        self.axis = 1 if _channels_first(site) else -1
+        self.axis = 1 if channels_first(site) else -1
         before, after = (shape[0 if self.axis == 1 else -1] for shape in (site.input_shape, site.output_shape))
         self.weight = nn.Parameter(torch.zeros((after, before), dtype=dtype, device="cpu"))
         self.fan_in = before
@@ -107,8 +108,3 @@ def reference_for(site: SiteContract) -> Reference:
             zeros = {name: torch.zeros(shape, dtype=dtype, device="cpu") for name, shape in typed.tensors().items()}
             return _Geometry(site, GraphModule(graph, zeros, dtype))
     return _ChannelMix(site, dtype)
-
-
-def _channels_first(site: SiteContract) -> bool:
-    usual = "first" if site.kind in ("conv1d", "conv2d", "batch_norm", "group_norm") else "last"
-    return site.attributes.get("channel_axis", usual) == "first"

@@ -13,8 +13,7 @@ from esper.contracts.operational import HealthSignal
 from esper.runtime.kasmina.health.window import Reading
 from esper.runtime.kasmina.probe import ProbeCapture
 from esper.runtime.kasmina.probe import capture
-from esper.runtime.tezzeret.blueprints.registering import TABLE
-from esper.runtime.tezzeret.blueprints.registry import get_blueprint
+from esper.runtime.tezzeret.blueprints.registry import registered
 from esper.runtime.tolaria.live.epoch_end import measure_epoch
 from esper.runtime.tolaria.live.epoch_end import watch_early_stop
 from esper.runtime.tolaria.live.live_run import LiveRun
@@ -110,7 +109,7 @@ def _health(watched: Reading, probed: ProbeCapture | None, epoch: int, step: int
 def _wants_outputs(run: LiveRun) -> bool:
     """Whether a blueprint that may be ordered reads what a site gives."""
     names = run.trainee.plan.config.tamiyo.blueprints
-    return any(TABLE[get_blueprint(name).name].reads == "output" for name in names)
+    return any(registered(name).reads == "output" for name in names)
 
 
 def _can_grow(run: LiveRun, shared: SharedRun) -> bool:

@@ -65,6 +65,11 @@ class LiveRun:
     def step(self) -> int:
         return self.trainee.step
 
+    @property
+    def committed(self) -> bool:
+        """Whether the head of just this state stands, or is on its way."""
+        return not self._changed and self._submitted_step == self.step
+
     def graph(self) -> LayerGraph:
         """The sites and the dataflow between them, with the seeds as they stand."""
         seeds: dict[str, list[object]] = {}
@@ -127,7 +132,7 @@ class LiveRun:
         to the writer when the graft is done: the writer's thread would only be in its way.
         """
         taken: Snapshot | None = None
-        if self._changed or self._submitted_step != self.step:
+        if not self.committed:
             self.wait_for_writer(wait)
             taken = self._copy()
         # At the cost before the graft: counting the new structure can wait until the epoch is over.
