@@ -22,8 +22,10 @@ from torch.optim import Optimizer
 
 import esper
 from esper.activities.trainer_store import UrzaStore
+from esper.contracts.assets import ArtifactRef
 from esper.contracts.config import EsperConfig
 from esper.contracts.operational import EpochReport
+from esper.contracts.operational import HeadRef
 from esper.contracts.operational import KernelDelivery
 from esper.contracts.operational import ScheduledAdaptation
 from esper.contracts.orders import EpochRequest
@@ -60,8 +62,9 @@ SEEN: list[Moment] = []
 """The steps of the session under test, in order: a task is made from its import string, so this is a module's."""
 
 
-def watched_task(rows: int, hidden: int) -> "esper.Task":
-    """`workload.task`, with an ordinary AdamW that notes the end of each of its steps."""
+def watched_task(rows: int, hidden: int, frozen: bool = False) -> "esper.Task":
+    """`workload.task`, with an ordinary AdamW that notes the end of each of its steps; `frozen`: only the last layer
+    trains."""
 
     def note(*_: Any) -> None:
         SEEN.append(Moment(time.perf_counter(), time.thread_time()))
@@ -72,17 +75,23 @@ def watched_task(rows: int, hidden: int) -> "esper.Task":
         return made
 
     task = workload.task(rows, hidden)
+    if frozen:
+        *others, _ = task.model.children()
+        for layer in others:
+            layer.requires_grad_(False)
     task.optimizer = optimizer
     return task
 
 
-def configuration(*, rows: int, hidden: int, batch_size: int, epochs: int, mode: str) -> EsperConfig:
+def configuration(
+    *, rows: int, hidden: int, batch_size: int, epochs: int, mode: str, frozen: bool = False
+) -> EsperConfig:
     """A run of `watched_task` on one thread."""
     document = {
         "run": {"name": "benchmark", "max_epochs": epochs, "threads": 1, "device": "cpu"},
         "task": {
             "target": "benchmarks.engine.live_session:watched_task",
-            "arguments": {"rows": rows, "hidden": hidden},
+            "arguments": {"rows": rows, "hidden": hidden, "frozen": frozen},
         },
         "training": {"batch_size": batch_size},
         "delivery": {"mode": mode},
@@ -96,7 +105,8 @@ class LiveRun:
 
     def __init__(self, folder: Path, config: EsperConfig, run_id: str) -> None:
         self.run_id = run_id
-        self.objects = FolderStore(folder / "objects")
+        self._folder = folder / "objects"
+        self.objects = FolderStore(self._folder)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="urza-loop", daemon=True)
         self._thread.start()
@@ -129,6 +139,15 @@ class LiveRun:
         if result.report is None:
             raise RuntimeError(f"epoch {epoch} ended {result.status}")
         return result.report
+
+    def stored_bytes(self) -> int:
+        """The size of everything in the objects' folder."""
+        return sum(path.stat().st_size for path in self._folder.rglob("*") if path.is_file())
+
+    def manifest_of(self, head: HeadRef) -> ArtifactRef:
+        """Where the checkpoint of a head lies."""
+        committed = self._call(self._library.heads(self.run_id))
+        return next(each.manifest for each in committed if each.head.digest == head.digest)
 
     def adaptation(self, apply_step: int | None, rank: int) -> ScheduledAdaptation:
         """A bottleneck for the middle layer."""

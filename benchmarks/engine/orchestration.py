@@ -14,7 +14,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,16 +27,15 @@ from benchmarks.engine.measure import Spread
 from benchmarks.engine.measure import spread
 from benchmarks.engine.report import Report
 from benchmarks.engine.report import options_of
-from temporalio.api.enums.v1 import EventType
+from benchmarks.engine.stack import Stack
+from benchmarks.engine.stack import histories
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.client import Client
 
 from esper.runtime.worker_files import read_all
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 HIDDEN = 256
 BATCH_SIZE = 128
-QUIET_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -104,60 +102,20 @@ class Plain:
         return sum(self.epochs)
 
 
-class Stack:
-    """`esper-cli` on one `ESPER_HOME`."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("TEMPORAL_", "ESPER_"))}
-        if "ESPER_TEMPORAL_CLI" in os.environ:
-            kept["ESPER_TEMPORAL_CLI"] = os.environ["ESPER_TEMPORAL_CLI"]
-        self.environment = kept | {"ESPER_HOME": str(home), "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
-
-    def command(self, *arguments: str) -> str:
-        """What one command prints; its own words when it fails."""
-        return self._python("esper", *arguments)
-
-    def plain(self, *, rows: int, epochs: int, most_steps: int | None = None) -> dict[str, Any]:
-        """The plain loop in a process of its own."""
-        sizes = {"--rows": rows, "--hidden": HIDDEN, "--epochs": epochs, "--batch-size": BATCH_SIZE}
-        if most_steps is not None:
-            sizes["--most-steps"] = most_steps
-        given = [word for name, value in sizes.items() for word in (name, str(value))]
-        found: dict[str, Any] = json.loads(self._python("benchmarks.engine.workload", *given))
-        return found
-
-    def wait_until_quiet(self) -> None:
-        """Until a trainer is warm and none serves a run: nothing starts or ends then."""
-        deadline = time.monotonic() + QUIET_SECONDS
-        while time.monotonic() < deadline:
-            states = [worker.state for worker in read_all(self.home).values() if "trainer" in worker.roles]
-            if states == ["idle"]:
-                return
-            time.sleep(0.2)
-        raise RuntimeError(f"no trainer became warm within {QUIET_SECONDS:g} s")
-
-    def address(self) -> str:
-        return str(json.loads((self.home / "stack.json").read_text())["temporal"]["address"])
-
-    def _python(self, module: str, *arguments: str) -> str:
-        ended = subprocess.run(
-            [sys.executable, "-m", module, *arguments],
-            env=self.environment,
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if ended.returncode:
-            raise RuntimeError(f"{module} {' '.join(arguments)}: exit {ended.returncode}\n{ended.stdout}{ended.stderr}")
-        return ended.stdout
+def plain(stack: Stack, *, rows: int, epochs: int, most_steps: int | None = None) -> dict[str, Any]:
+    """The plain loop in a process of its own."""
+    sizes = {"--rows": rows, "--hidden": HIDDEN, "--epochs": epochs, "--batch-size": BATCH_SIZE}
+    if most_steps is not None:
+        sizes["--most-steps"] = most_steps
+    given = [word for name, value in sizes.items() for word in (name, str(value))]
+    found: dict[str, Any] = json.loads(stack.python("benchmarks.engine.workload", *given))
+    return found
 
 
 def rows_for(stack: Stack, seconds: float) -> int:
     """Rows with which an epoch of the plain loop takes about so long on an idle machine: whole batches."""
     few, many = (
-        statistics.median(stack.plain(rows=64_000, epochs=5, most_steps=steps)["cpu"][1:]) for steps in (20, 120)
+        statistics.median(plain(stack, rows=64_000, epochs=5, most_steps=steps)["cpu"][1:]) for steps in (20, 120)
     )
     step = (many - few) / 100
     return BATCH_SIZE * max(1, round((seconds - few) / step) + 20)
@@ -212,18 +170,7 @@ async def _when_warm(stack: Stack) -> float:
 
 async def _epochs(client: Client, run_id: str) -> list[Epoch]:
     """Every `train_epoch` of the run, over all executions that it was continued in."""
-    execution = (await client.get_workflow_handle(run_id).describe()).raw_info
-    following: str | None = execution.first_run_id
-    found: list[Epoch] = []
-    while following:
-        handle = client.get_workflow_handle(run_id, run_id=following)
-        events = [event async for event in handle.fetch_history_events()]
-        found += _epochs_in(events)
-        last = events[-1]
-        continued = last.event_type == EventType.EVENT_TYPE_WORKFLOW_EXECUTION_CONTINUED_AS_NEW
-        following = (
-            last.workflow_execution_continued_as_new_event_attributes.new_execution_run_id if continued else None
-        )
+    found = [epoch for events in await histories(client, run_id) for epoch in _epochs_in(events)]
     return sorted(found, key=lambda epoch: epoch.number)
 
 
@@ -273,7 +220,7 @@ async def measure(
         for arm in order.sample(("orchestrated", "plain"), 2):
             stack.wait_until_quiet()
             if arm == "plain":
-                ended = await asyncio.to_thread(stack.plain, rows=rows, epochs=length.epochs)
+                ended = await asyncio.to_thread(plain, stack, rows=rows, epochs=length.epochs)
                 plains.append(Plain(tuple(ended["epochs"]), ended["digest"], ended["load"]))
             else:
                 run_id = f"epochs-{length.seconds:g}s-{number}".replace(".", "_")

@@ -9,7 +9,9 @@ import argparse
 import json
 import os
 import random
+import struct
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 from torch import nn
 from torch.nn import functional
+from torch.optim import Optimizer
 from torch.utils.data import TensorDataset
 
 import esper
@@ -24,6 +27,7 @@ import esper
 FEATURES = 64
 CLASSES = 10
 VALIDATION_ROWS = 1024
+STEP = struct.Struct("<dq")
 SPLIT_SEED = 20_011
 """Of the permutation whose first half of the validation data is evaluated after each epoch."""
 
@@ -59,6 +63,26 @@ def task(rows: int, hidden: int) -> "esper.Task":
     model = network(hidden)
     train, validation = data(rows)
     return esper.Task(model=model, train=train, validation=validation, loss=loss)
+
+
+def logged_task(rows: int, hidden: int, log: str) -> "esper.Task":
+    """`task`, whose AdamW appends each of its steps to `log` / the pid of the process: wall time (float64) and number
+    (int64), `STEP`; a killed process has written all that it did."""
+    made = task(rows, hidden)
+
+    def optimizer(parameters: Any) -> Optimizer:
+        adamw = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
+        file = os.open(Path(log) / str(os.getpid()), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+        def note(*_: Any) -> None:
+            first = adamw.param_groups[0]["params"][0]
+            os.write(file, STEP.pack(time.time(), int(adamw.state[first]["step"])))
+
+        adamw.register_step_post_hook(note)
+        return adamw
+
+    made.optimizer = optimizer
+    return made
 
 
 def plain_loop(

@@ -28,6 +28,7 @@ from esper.commands import stack
 from esper.errors import EsperError
 from esper.errors import UsageError
 from esper.runtime.logs import OneLine
+from esper.runtime.tezzeret.blueprints import sources
 
 INTERRUPTED = 130
 GLOBAL_FLAGS = frozenset({"-v", "-vv", "--verbose", "--debug"})
@@ -51,6 +52,7 @@ def global_options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Grow neural networks while they train: durable, replayable, certified."""
+    sources.follow(library.submitted)
     # What a person must know is said by the commands themselves; logs are for those who ask.
     talk: logging.Handler = logging.StreamHandler(sys.stderr) if verbose else logging.NullHandler()
     talk.setFormatter(OneLine())

@@ -17,12 +17,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from typing import NoReturn
 from typing import Protocol
 
 from temporalio.client import Client
+from temporalio.client import WorkflowExecutionDescription
 from temporalio.client import WorkflowExecutionStatus
 from temporalio.service import RPCError
 from temporalio.service import RPCStatusCode
@@ -35,24 +37,38 @@ from esper.contracts.messages import TrainerLost
 from esper.contracts.orders import Lease
 from esper.errors import ConfigurationError
 from esper.errors import EsperError
+from esper.errors import RunFailed
 from esper.errors import TemporalUnavailable
 from esper.runtime import worker_files
+from esper.runtime.failpoints import arm_process
 from esper.runtime.home import make_home
+from esper.runtime.home import urza_database_url
 from esper.runtime.logs import configure_logging
 from esper.runtime.temporal import queues
 from esper.runtime.temporal.client import connect
+from esper.runtime.temporal.client import is_loopback
 from esper.runtime.temporal.options import DRAIN_LIMIT
 from esper.runtime.temporal.options import GRACEFUL_SHUTDOWN
 from esper.runtime.temporal.options import HEARTBEAT_THROTTLE
 from esper.runtime.temporal.options import TRAINER_SLOTS
+from esper.runtime.tezzeret.blueprints import sources
 from esper.runtime.urza.connections import Connections
+from esper.runtime.urza.submitted import submitted_blueprints
 
 log = logging.getLogger(__name__)
 
 ROLES = ("orchestrator", "trainer", "tamiyo", "forge")
 CONNECT_ATTEMPTS = 20
-ORPHAN_CHECK_S = 15.0
-"""How often a claimed trainer that nobody asks anything looks whether its run still lives."""
+ORPHAN_CHECK_S = 5.0
+"""How often a claimed trainer looks whether the run is still its own, and while nobody asks it anything, whether the
+run still lives; it also looks at once when work has failed. So a run that was terminated frees its trainer within this
+and the latency of a heartbeat."""
+
+RPC_LIMIT = timedelta(seconds=5)
+"""A question to a server that swallows packets must not keep a trainer from looking into Urza."""
+
+SECOND_LOOK_S = 1.0
+"""A claim is in the library a moment before it is here: what looks like another's is looked at again."""
 
 
 def main(roles: Sequence[str]) -> NoReturn:
@@ -64,6 +80,7 @@ def main(roles: Sequence[str]) -> NoReturn:
             raise ConfigurationError(
                 "ESP-214", f"unknown worker role {', '.join(unknown) or '(none)'}", hint=f"roles: {', '.join(ROLES)}"
             )
+        arm_process(os.environ)
         # Spinning OpenMP threads starve every other process; read by the library when torch is imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         asyncio.run(serve(tuple(roles)))
@@ -87,6 +104,8 @@ async def serve(roles: tuple[str, ...]) -> None:
     """Connect, take the roles on, report ready, and serve."""
     home = make_home(os.environ)
     configure_logging(home, "+".join(roles))
+    database = os.environ.get("ESPER_URZA_DATABASE") or urza_database_url(home)
+    sources.follow(lambda: submitted_blueprints(database, default_file=home / "urza.db"))
     worker_files.report(home, "starting", roles=roles)
     ending = _signals()
     client = await _patiently(home, ending)
@@ -133,8 +152,11 @@ def _limit_draining() -> None:
     """From now on the process ends in bounded time: a step that hangs or a long build must not keep it."""
 
     def end() -> None:
-        log.error("not drained after %g s: ending all the same", DRAIN_LIMIT.total_seconds())
+        message = f"not drained after {DRAIN_LIMIT.total_seconds():g} s: ending; what was last committed stands"
+        log.error(message)
         logging.shutdown()
+        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.flush()
         os._exit(1)
 
     asyncio.get_running_loop().call_later(DRAIN_LIMIT.total_seconds(), end)
@@ -219,6 +241,7 @@ async def _trainer(
     await asyncio.to_thread(warm_up)
     own_queue = queues.pinned_trainer(socket.gethostname(), os.getpid(), secrets.token_hex(3))
     trainer = TrainerActivities(own_queue, connections, asyncio.get_running_loop())
+    trainer.serves_other_hosts = not is_loopback(client.service_client.config.target_host)
     with ThreadPoolExecutor(TRAINER_SLOTS, thread_name_prefix="trainer") as executor:
         pinned = _worker(
             client,
@@ -238,7 +261,7 @@ async def _trainer(
                 run_id = trainer.lease.run_id
                 worker_files.report(home, "claimed", roles=roles, run_id=run_id, task_queue=own_queue)
                 orphaned = asyncio.Event()
-                watching = asyncio.create_task(_watch(client, trainer, run_id, orphaned))
+                watching = asyncio.create_task(_watch(client, trainer, orphaned))
                 await _first(trainer.released, ending, orphaned)
                 watching.cancel()
             _limit_draining()
@@ -246,6 +269,12 @@ async def _trainer(
         await trainer.give_up()
         if trainer.lease is not None and not trainer.released.is_set():
             await _say_goodbye(client, trainer.lease)
+        if trainer.uncommitted is not None:
+            raise RunFailed(
+                "ESP-602",
+                f"told to end, but where training stood could not be committed: {trainer.uncommitted.message}",
+                hint="What was last committed stands, and the run goes on from there",
+            ) from trainer.uncommitted
 
 
 async def _say_goodbye(client: Client, lease: Lease) -> None:
@@ -258,11 +287,19 @@ async def _say_goodbye(client: Client, lease: Lease) -> None:
         payload=TrainerLost(task_queue=lease.task_queue, reason="the trainer ended in order"),
     )
     with suppress(RPCError):
-        await client.get_workflow_handle(lease.run_id).signal("trainer_lost", message)
+        await client.get_workflow_handle(lease.run_id).signal("trainer_lost", message, rpc_timeout=RPC_LIMIT)
 
 
 class _Claimed(Protocol):
     """What must be known of a claimed trainer without importing what it is made of."""
+
+    doubted: asyncio.Event
+
+    @property
+    def lease(self) -> Lease | None: ...
+
+    @property
+    def claimed_by(self) -> str | None: ...
 
     @property
     def idle(self) -> bool: ...
@@ -270,35 +307,55 @@ class _Claimed(Protocol):
     async def holds_lease(self) -> bool: ...
 
 
-async def _watch(client: Client, trainer: _Claimed, run_id: str, orphaned: asyncio.Event) -> None:
+async def _watch(client: Client, trainer: _Claimed, orphaned: asyncio.Event) -> None:
     """A run that was terminated, or that another process was given, never releases its trainer: be free again."""
-    fenced = 0
     while True:
-        await asyncio.sleep(ORPHAN_CHECK_S)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(trainer.doubted.wait(), ORPHAN_CHECK_S)
+        trainer.doubted.clear()
         try:
-            # Twice, since a claim is in the library a moment before it is here.
-            fenced = 0 if await trainer.holds_lease() else fenced + 1
-            if fenced == 2:
-                log.warning("run %s was given to another trainer", run_id)
-            elif trainer.idle and await _is_over(client, run_id):
-                log.warning("run %s is over and never released this trainer", run_id)
-            else:
-                continue
+            needless = await _needless(client, trainer)
         except (RPCError, EsperError) as error:
-            log.info("could not look whether run %s still lives: %s", run_id, error)
+            log.info("could not look whether this trainer is still needed: %s", error)
             continue
-        orphaned.set()
-        return
+        if needless is not None:
+            log.warning("%s", needless)
+            orphaned.set()
+            return
 
 
-async def _is_over(client: Client, run_id: str) -> bool:
+async def _needless(client: Client, trainer: _Claimed) -> str | None:
+    """Why nobody needs this trainer any more; `None` while somebody does."""
+    lease = trainer.lease
+    if lease is None:
+        return None
+    if not await trainer.holds_lease():
+        await asyncio.sleep(SECOND_LOOK_S)
+        if not await trainer.holds_lease():
+            return f"LeaseLost: run {lease.run_id} was given to another trainer; lease {lease.lease_gen} was ours"
+    if trainer.idle and await _is_over(client, lease.run_id, trainer.claimed_by):
+        return f"run {lease.run_id} is over and never released this trainer"
+    return None
+
+
+async def _is_over(client: Client, run_id: str, claimed_by: str | None) -> bool:
+    """Whether the workflow has ended whose execution `claimed_by` claimed this process. One of the same id that was
+    started after its end is another life of the run, and claims a trainer of its own."""
     try:
-        description = await client.get_workflow_handle(run_id).describe()
+        latest = await client.get_workflow_handle(run_id).describe(rpc_timeout=RPC_LIMIT)
+        if latest.status is not WorkflowExecutionStatus.RUNNING or claimed_by in (None, latest.run_id):
+            return latest.status is not WorkflowExecutionStatus.RUNNING
+        ours = await client.get_workflow_handle(run_id, run_id=claimed_by).describe(rpc_timeout=RPC_LIMIT)
     except RPCError as error:
         if error.status is RPCStatusCode.NOT_FOUND:
             return True
         raise
-    return description.status is not WorkflowExecutionStatus.RUNNING
+    # What continued as new has the same first execution.
+    return _first_execution(latest) != _first_execution(ours)
+
+
+def _first_execution(description: WorkflowExecutionDescription) -> str:
+    return description.raw_description.workflow_execution_info.first_run_id
 
 
 async def _first(*events: asyncio.Event) -> None:

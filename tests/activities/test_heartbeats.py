@@ -8,6 +8,8 @@ from datetime import timedelta
 import pytest
 from temporalio.exceptions import ApplicationError
 from temporalio.exceptions import CancelledError
+from temporalio.service import RPCError
+from temporalio.service import RPCStatusCode
 from temporalio.testing import ActivityEnvironment
 
 from esper.activities import heartbeats
@@ -52,7 +54,15 @@ def test_a_beat_drains_a_worker_that_shuts_down_before_anything_else() -> None:
         environment.run(work)
 
 
-@pytest.mark.parametrize("fault", [TimeoutError(), RuntimeError("Event loop is closed")])
+@pytest.mark.fault("C7")
+@pytest.mark.parametrize(
+    "fault",
+    [
+        TimeoutError(),
+        RuntimeError("Event loop is closed"),
+        RPCError("namespace rate limit exceeded", RPCStatusCode.RESOURCE_EXHAUSTED, b""),
+    ],
+)
 def test_a_heartbeat_that_does_not_arrive_costs_no_training(fault: Exception) -> None:
     def hear(*details: object) -> None:
         raise fault

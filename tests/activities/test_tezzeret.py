@@ -1,6 +1,7 @@
 """The forge's activities with a real forkserver and a folder of objects: build, certify, publish."""
 
 import asyncio
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from temporalio.testing import ActivityEnvironment
 from esper.activities import tezzeret
 from esper.activities.tezzeret import TezzeretActivities
 from esper.activities.tezzeret import kernel_seed
+from esper.contracts.assets import Blueprint
 from esper.contracts.assets import Certificate
 from esper.contracts.assets import SiteContract
 from esper.contracts.config import OptimizerConfig
@@ -21,6 +23,9 @@ from esper.contracts.orders import CertifyRequest
 from esper.contracts.orders import RecordRun
 from esper.errors import BlueprintError
 from esper.errors import IntegrityError
+from esper.runtime.tezzeret.blueprints import sources
+from esper.runtime.tezzeret.blueprints.documents import parse_document
+from esper.runtime.tezzeret.blueprints.registering import TABLE
 
 Play = Callable[..., Any]
 
@@ -56,6 +61,7 @@ async def forge(bench: Bench) -> TezzeretActivities:
     return TezzeretActivities(bench.connections, asyncio.get_running_loop())
 
 
+@pytest.mark.fault("B1")
 def test_a_kernel_is_built_certified_and_published_once(play: Play) -> None:
     async def scene(bench: Bench) -> None:
         activities = await forge(bench)
@@ -108,6 +114,7 @@ def test_a_kernel_that_fails_its_certificate_is_refused(play: Play, monkeypatch:
     play(scene)
 
 
+@pytest.mark.fault("B2")
 def test_a_kernel_over_its_budget_is_refused(play: Play) -> None:
     async def scene(bench: Bench) -> None:
         activities = await forge(bench)
@@ -142,3 +149,33 @@ def test_equal_runs_get_equal_kernels_whatever_they_are_called() -> None:
     assert kernel_seed(1, 1) == kernel_seed(1, 1)
     assert len({kernel_seed(run, number) for run in range(5) for number in range(5)}) == 25
     assert all(0 <= kernel_seed(run, 1) < 2**56 for run in range(5))
+
+
+def test_a_submitted_blueprint_is_built_by_a_forge_that_asks(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    up = {"id": "up", "op": "linear", "inputs": ["x"], "attributes": {"out_features": "$out", "bias": False}}
+    document = {"name": "plain_branch", "description": "", "host_kinds": ["linear"]}
+    blueprint = parse_document(json.dumps(document | {"graph": {"nodes": [up], "outputs": ["up"]}}).encode())
+    asked: list[str] = []
+
+    def source() -> tuple[Blueprint, ...]:
+        asked.append("plain_branch")
+        return (blueprint,)
+
+    monkeypatch.setattr(sources, "SOURCES", [source])
+
+    async def scene(bench: Bench) -> None:
+        activities = await forge(bench)
+        ordered = order(bench)
+        adaptation = ordered.adaptation.model_copy(update={"blueprint": "plain_branch", "hyperparameters": {}})
+        wanted = ordered.model_copy(update={"adaptation": adaptation})
+        built = await bench.run(activities.build_kernel, wanted)
+        assert (built.kernel.blueprint, built.kernel.parameter_count) == ("plain_branch", 4 * 3)
+        certified = await bench.run(activities.certify_kernel, CertifyRequest(kernel=built.kernel, build=wanted))
+        assert certified.certificate.passed
+        await bench.run(activities.build_kernel, wanted)
+
+    try:
+        play(scene)
+    finally:
+        TABLE.pop("plain_branch", None)
+    assert asked == ["plain_branch"], "a name that is known is not asked for again"

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from temporalio.exceptions import ApplicationError
 from temporalio.exceptions import CancelledError
 from temporalio.testing import ActivityEnvironment
 
+from esper.activities import patience
 from esper.activities import trainer as trainer_module
 from esper.activities.trainer import TrainerActivities
 from esper.contracts.enums import EpochStatus
@@ -32,6 +34,7 @@ from esper.contracts.orders import RecordRun
 from esper.contracts.orders import ReleaseRequest
 from esper.contracts.orders import RemoveRequest
 from esper.errors import LeaseLost
+from esper.errors import ObjectsUnavailable
 from esper.errors import TargetError
 from esper.runtime.tolaria.live import turns
 
@@ -156,6 +159,7 @@ def test_orders_under_another_lease_are_refused(play: Play) -> None:
     play(scene)
 
 
+@pytest.mark.fault("A4", "I9")
 def test_a_zombie_is_fenced_at_its_next_commit(play: Play) -> None:
     async def scene(bench: Bench) -> None:
         zombie, old = await loaded(bench)
@@ -170,11 +174,12 @@ def test_a_zombie_is_fenced_at_its_next_commit(play: Play) -> None:
     play(scene)
 
 
+@pytest.mark.fault("A12")
 def test_sigterm_commits_where_training_stood(play: Play) -> None:
     async def scene(bench: Bench) -> int:
         trainer, lease = await loaded(bench)
         environment = ActivityEnvironment()
-        environment.on_heartbeat = lambda progress: progress.step >= 2 and environment.worker_shutdown()
+        environment.on_heartbeat = lambda said: getattr(said, "step", 0) >= 2 and environment.worker_shutdown()
         with pytest.raises(ApplicationError) as drained:
             await bench.run(trainer.train_epoch, EpochRequest(lease=lease, epoch=1), environment=environment)
         assert drained.value.type == "WorkerDraining"
@@ -196,6 +201,81 @@ def test_a_cancelled_epoch_goes_on_where_it_stood(play: Play) -> None:
     play(scene)
 
 
+@pytest.mark.fault("A13")
+def test_what_cannot_be_committed_at_the_end_is_known_and_the_head_before_it_stands(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "DRAINING_LIMIT_S", 0.0)
+
+    async def scene(bench: Bench) -> tuple[TrainerActivities, int]:
+        trainer, lease = await loaded(bench)
+        assert trainer.uncommitted is None
+        environment = ActivityEnvironment()
+        stored = bench.folder / "objects" / "sha256"
+
+        def end(said: Any) -> None:
+            if getattr(said, "step", 0) >= 2 and stored.is_dir():
+                stored.rename(bench.folder / "stored")
+                stored.write_text("no folder")
+                trainer._patience.limit_s = 0.0
+                environment.worker_shutdown()
+
+        environment.on_heartbeat = end
+        with pytest.raises(ApplicationError) as drained:
+            await bench.run(trainer.train_epoch, EpochRequest(lease=lease, epoch=1), environment=environment)
+        assert drained.value.type == "WorkerDraining"
+        stored.unlink()
+        (bench.folder / "stored").rename(stored)
+        return trainer, (await bench.library.run("r1")).steps
+
+    trainer, steps = play(scene)
+    assert isinstance(trainer.uncommitted, ObjectsUnavailable)
+    assert steps == 0
+
+
+@pytest.mark.fault("A5")
+def test_a_stuck_trainer_is_not_claimed_again(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(bench: Bench) -> None:
+        trainer, lease = await loaded(bench)
+        monkeypatch.setattr(trainer_module, "HEARTBEAT", timedelta(seconds=-1))
+        with pytest.raises(ApplicationError, match="is stuck") as refused:
+            await bench.run(trainer.claim_trainer, ClaimRequest(run_id="r1", urza=bench.urza))
+        assert refused.value.type == "TrainerBusy"
+        assert trainer.lease == lease and await trainer.holds_lease()
+
+    play(scene)
+
+
+@pytest.mark.fault("A4", "I9")
+def test_a_question_that_a_successor_has_answered_takes_nothing_from_it(play: Play) -> None:
+    async def scene(bench: Bench) -> None:
+        woken, _ = await loaded(bench)
+        successor, new = await claimed(bench, "q2")
+        with pytest.raises(ApplicationError, match="claimed since") as refused:
+            await bench.run(woken.claim_trainer, ClaimRequest(run_id="r1", urza=bench.urza, preferred_queue="q1"))
+        assert refused.value.type == "TrainerBusy"
+        assert await bench.library.lease("r1") == new
+        assert await successor.holds_lease()
+
+    play(scene)
+
+
+def test_failing_work_makes_a_trainer_doubt_that_it_is_needed(play: Play) -> None:
+    async def scene(bench: Bench) -> None:
+        trainer, lease = await loaded(bench)
+        await bench.run(trainer.train_epoch, EpochRequest(lease=lease, epoch=1))
+        assert not trainer.doubted.is_set()
+        environment = ActivityEnvironment()
+        environment.on_heartbeat = lambda said: environment.cancel()
+        with pytest.raises(CancelledError):
+            await bench.run(trainer.train_epoch, EpochRequest(lease=lease, epoch=2), environment=environment)
+        await asyncio.wait_for(trainer.doubted.wait(), 5)
+        assert trainer.idle
+
+    play(scene)
+
+
+@pytest.mark.fault("C1")
 def test_a_reclaimed_trainer_lets_its_old_work_end_first(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene(bench: Bench) -> None:
         trainer, old = await loaded(bench)

@@ -73,6 +73,7 @@ def test_every_history_of_a_run_replays_clean_from_its_file(cli: Cli, histories:
     assert kinds == {"TrainingRun", "TamiyoDecision", "TezzeretCompile"}
 
 
+@pytest.mark.fault("H5")
 def test_a_divergence_is_named_by_its_event(cli: Cli, histories: Histories, folder: Path) -> None:
     (folder / "history.json").write_text(other_activity(histories[run_of(histories)]))
     result = cli("replay", "history.json", "--json")
@@ -96,6 +97,7 @@ def test_a_missing_file_is_a_usage_error(cli: Cli) -> None:
     assert cli("replay", "missing.json", "--json").error["code"] == "ESP-201"
 
 
+@pytest.mark.fault("H1")
 def test_a_run_replays_from_urza_without_a_server(cli: Cli, record: Record, histories: Histories) -> None:
     async def scene(run: RecordedRun) -> None:
         await run.begin()

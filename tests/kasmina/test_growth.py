@@ -320,6 +320,31 @@ def test_graft_refusals_name_what_is_wrong(zoo: Any) -> None:
     assert esper.weights_digest(model) == before
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nothing_grows_beside_weights_that_are_not_finite(zoo: Any, value: float) -> None:
+    model, x = zoo.make("mlp")
+    esper.wrap(model, example_inputs=x)
+    esper.graft(model, "fc1", "bottleneck")
+    status, held = esper.status(model), model.fc2.weight[1, 1].item()
+    with torch.no_grad():
+        model.fc2.weight[1, 1] = value
+    digest = esper.weights_digest(model)
+    for site, blueprint in (("fc2", "bottleneck"), ("fc1", "widen")):
+        with pytest.raises(esper.GrowthError, match=r"'fc2' has weights that are not finite: weight") as refused:
+            esper.graft(model, site, blueprint)
+        assert refused.value.code == "ESP-435"
+    assert (esper.status(model), esper.weights_digest(model)) == (status, digest)
+    with torch.no_grad():
+        model.fc2.weight[1, 1] = held
+        model.fc1.kasmina.get_submodule("0").up.weight[0, 0] = value
+    with pytest.raises(esper.GrowthError, match=r"not finite: kasmina\.0\.up\.weight"):
+        esper.fossilize(model)
+    assert esper.status(model) == status
+    esper.cull(model, "fc1")
+    esper.graft(model, "fc2", "bottleneck")
+
+
+@pytest.mark.fault("A8", "A11")
 def test_stored_kernels_are_grafted_and_foreign_or_broken_ones_refused(zoo: Any) -> None:
     model, x = zoo.make("mlp")
     esper.wrap(model, example_inputs=x)

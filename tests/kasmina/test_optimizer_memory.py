@@ -67,6 +67,7 @@ CYCLES: dict[str, Callable[[Any, Any], None]] = {
 }
 
 
+@pytest.mark.fault("G2")
 @pytest.mark.parametrize("named", CYCLES)
 def test_fifty_cycles_leave_nothing(zoo: Any, named: str) -> None:
     census = Census()

@@ -55,6 +55,7 @@ def kernels(count: int, rank: int = 4) -> list[KernelFiles]:
     ]
 
 
+@pytest.mark.fault("G3")
 def test_cache_gives_private_copies_and_forgets_the_least_recently_used() -> None:
     first, second, third = kernels(3)
     cache = KernelCache()
@@ -80,6 +81,7 @@ def test_cache_gives_private_copies_and_forgets_the_least_recently_used() -> Non
     assert (len(cache), cache.size_bytes) == (0, 0)
 
 
+@pytest.mark.fault("G3")
 def test_cache_refuses_oversize_and_damage_without_evicting() -> None:
     (small,) = kernels(1)
     (large,) = kernels(1, rank=64)

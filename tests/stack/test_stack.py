@@ -120,6 +120,7 @@ def test_a_dead_worker_is_started_again(shared_home: Path, wait_for: WaitFor) ->
     assert any(f"orchestrator, process {before}, ended (SIGKILL)" in message for message in said)
 
 
+@pytest.mark.fault("C1")
 def test_a_dead_server_is_started_again_at_its_address_with_its_histories(shared_home: Path, wait_for: WaitFor) -> None:
     async def start_workflow() -> None:
         connected = await client(shared_home)
@@ -146,6 +147,7 @@ def _answers(ask: Callable[[], object]) -> bool:
         return False
 
 
+@pytest.mark.fault("A1")
 def test_a_trainer_that_is_claimed_has_a_warm_successor_and_its_death_is_told(
     shared_home: Path, wait_for: WaitFor
 ) -> None:
@@ -250,6 +252,33 @@ def test_down_spares_a_process_that_is_not_ours(home: Path) -> None:
     finally:
         stranger.kill()
         stranger.wait()
+
+
+@pytest.mark.fault("C1")
+def test_up_leaves_a_stack_alone_that_has_seen_its_server_die_or_has_a_worker_that_fails(
+    home: Path, start: Start, wait_for: WaitFor
+) -> None:
+    before = start(home)
+    for _ in range(3):
+        died = server(now(home))
+        os.kill(died, signal.SIGKILL)
+        wait_for(lambda died=died: server(now(home)) not in (0, died), "a new server")  # type: ignore[misc]
+        wait_for(lambda: _answers(lambda: _reachable(home)), "an answer")
+    wait_for(lambda: now(home).ready and not now(home).failures, "a stack without failures")
+    assert start(home).supervisor == before.supervisor
+
+    (home / "broken-forge").touch()
+    (home / "broken-tamiyo").touch()
+    os.kill(worker(now(home), "forge"), signal.SIGKILL)
+    wait_for(lambda: now(home).failures, "a worker that fails again and again")
+    with pytest.raises(UnavailableError, match="does not start"):
+        start(home)
+    assert now(home).supervisor == before.supervisor
+
+
+async def _reachable(home: Path) -> str:
+    await client(home)
+    return "survivor"
 
 
 def test_a_worker_that_does_not_start_is_an_error_and_leaves_nothing(home: Path, start: Start) -> None:

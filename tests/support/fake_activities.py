@@ -97,6 +97,9 @@ class FakeWorld:
     load_error: ApplicationError | None = None
     journal: list[tuple[str, Any]] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
+    queue: str = PINNED
+    """Of the trainer that is claimed next."""
+    warnings: tuple[str, ...] = ()
     adaptations: list[Any] = field(default_factory=list)
     decisions: list[AdaptationDecision] = field(default_factory=list)
     facts: list[Fact] = field(default_factory=list)
@@ -119,7 +122,7 @@ class FakeWorld:
     async def claim_trainer(self, request: ClaimRequest) -> Lease:
         self.lease_gen += 1
         self.journal.append(("claim", self.lease_gen))
-        return Lease(run_id=request.run_id, task_queue=PINNED, lease_gen=self.lease_gen)
+        return Lease(run_id=request.run_id, task_queue=self.queue, lease_gen=self.lease_gen)
 
     @activity.defn(name=names.LOAD_RUN.name)
     async def load_run(self, request: LoadRequest) -> LoadedRun:
@@ -380,6 +383,7 @@ class FakeWorld:
     @activity.defn(name=names.RECORD_OUTCOME.name)
     async def record_outcome(self, request: RecordOutcome) -> RunRecord:
         self.outcomes.append(request.outcome)
+        self.warnings = request.warnings
         record = self._record(request.run_id, self.config, request.outcome)
         return record.model_copy(update={"failure": request.failure, "restarts": request.restarts})
 

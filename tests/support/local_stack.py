@@ -10,6 +10,9 @@ from typing import Any
 
 COMMAND = [sys.executable, "-m", "esper"]
 
+HOMES: dict[Path, dict[str, str]] = {}
+"""Every home that a stack of this process was given, with its environment: their runs are judged after each test."""
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -32,6 +35,7 @@ class LocalStack:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TEMPORAL_", "ESPER_"))}
         kept = {name: os.environ[name] for name in ("ESPER_TEMPORAL_CLI",) if name in os.environ}
         self.environment = {**inherited, **kept, "ESPER_HOME": str(home), **environment}
+        HOMES[home] = self.environment
 
     def run(self, *arguments: str, timeout: float = 240, folder: Path | None = None) -> Ended:
         """One command, to its end."""

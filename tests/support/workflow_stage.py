@@ -3,7 +3,9 @@
 import asyncio
 import uuid
 from collections.abc import AsyncIterator
+from collections.abc import Awaitable
 from collections.abc import Callable
+from collections.abc import Collection
 from contextlib import AsyncExitStack
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -36,18 +38,30 @@ def configuration(epochs: int, **sections: dict[str, object]) -> EsperConfig:
 class Stage:
     """Starts runs on the fake world and talks to them."""
 
-    def __init__(self, client: Client, world: FakeWorld) -> None:
+    def __init__(self, client: Client, world: FakeWorld, start: Callable[[str], Awaitable[Worker]]) -> None:
         self.client = client
         self.world = world
+        self._start = start
+        self._workers: dict[str, Worker] = {}
 
-    async def start(self, config: EsperConfig, **request: object) -> WorkflowHandle[TrainingRun, RunRecord]:
+    async def serve(self, queue: str) -> None:
+        """Begin to serve a task queue."""
+        self._workers[queue] = await self._start(queue)
+
+    async def close(self, queue: str) -> None:
+        """Serve a task queue no more."""
+        await self._workers.pop(queue).shutdown()
+
+    async def start(
+        self, config: EsperConfig, *, limit: timedelta = timedelta(seconds=40), **request: object
+    ) -> WorkflowHandle[TrainingRun, RunRecord]:
         run_id = f"run-{uuid.uuid4().hex[:8]}"
         return await self.client.start_workflow(
             TrainingRun.run,
             TrainingRequest(run_id=run_id, config=config, **request),  # type: ignore[arg-type]
             id=run_id,
             task_queue=queues.ORCHESTRATION,
-            execution_timeout=timedelta(seconds=40),
+            execution_timeout=limit,
         )
 
     async def tell(self, handle: WorkflowHandle[TrainingRun, RunRecord], update: str, payload: Payload) -> object:
@@ -63,18 +77,15 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(address: str, world: FakeWorld, *, cached: int = 1000) -> AsyncIterator[Stage]:
+async def stage(
+    address: str, world: FakeWorld, *, cached: int = 1000, without: Collection[str] = ()
+) -> AsyncIterator[Stage]:
     client = await Client.connect(address, plugins=[EsperPlugin()])
     async with AsyncExitStack() as stack:
         activities = world.all()
-        for queue in (
-            queues.ORCHESTRATION,
-            queues.TRAINER,
-            PINNED,
-            queues.TAMIYO,
-            queues.FORGE,
-        ):
-            await stack.enter_async_context(
+
+        async def begin(queue: str) -> Worker:
+            return await stack.enter_async_context(
                 Worker(
                     client,
                     task_queue=queue,
@@ -86,4 +97,9 @@ async def stage(address: str, world: FakeWorld, *, cached: int = 1000) -> AsyncI
                     default_heartbeat_throttle_interval=timedelta(seconds=0.1),
                 )
             )
-        yield Stage(client, world)
+
+        on = Stage(client, world, begin)
+        for queue in (queues.ORCHESTRATION, queues.TRAINER, PINNED, queues.TAMIYO, queues.FORGE):
+            if queue not in without:
+                await on.serve(queue)
+        yield on

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+from checked_runs import every_run_is_judged as every_run_is_judged
 from local_stack import LocalStack
 
 

@@ -72,6 +72,7 @@ def test_training_went_on_between_order_and_graft(grown: dict[str, Any], stack: 
     assert all(decision["reason"] for decision in history["decisions"])
 
 
+@pytest.mark.fault("H1")
 def test_the_history_tells_the_story_and_replays(grown: dict[str, Any], stack: LocalStack) -> None:
     deadline = time.monotonic() + 60
     while True:
@@ -97,6 +98,7 @@ def test_a_run_replayed_at_every_workflow_task_ends_in_the_same_bits(grown: dict
     assert again["digest"] == grown["digest"]
 
 
+@pytest.mark.fault("A1", "I11")
 def test_a_killed_trainer_costs_no_bit(grown: dict[str, Any], stack: LocalStack) -> None:
     process = stack.start("start-run", "--quick-start", "digits", "--run-id", "digits-killed", "--json")
     deadline = time.monotonic() + 120
@@ -115,6 +117,8 @@ def test_a_killed_trainer_costs_no_bit(grown: dict[str, Any], stack: LocalStack)
     assert document["digest"] == grown["digest"]
 
 
+@pytest.mark.slow
+@pytest.mark.fault("C3", "I11")
 def test_a_lost_temporal_database_costs_no_bit(grown: dict[str, Any], tmp_path: Path) -> None:
     lost = LocalStack(tmp_path / "home")
     try:
@@ -148,6 +152,8 @@ def test_another_decision_is_supposed_without_training(grown: dict[str, Any], st
     assert stack.run("what-if", "digits-1", "--epoch", "1", "--decision", "nowhere:bottleneck").code == 2
 
 
+@pytest.mark.slow
+@pytest.mark.fault("I11")
 def test_a_branch_repeats_its_parent_or_goes_another_way(grown: dict[str, Any], stack: LocalStack) -> None:
     adaptation = grown["adaptations"][0]
     before = stack.ok("history", "digits-1", "--json").document
@@ -173,7 +179,8 @@ def test_a_branch_repeats_its_parent_or_goes_another_way(grown: dict[str, Any], 
     assert stack.run("fork", "digits-1", "--epoch", "5", "--run-id", "same").code == 5
 
 
-@pytest.mark.parametrize("run_id", ["digits-1", "digits-killed"])
+@pytest.mark.fault("I11")
+@pytest.mark.parametrize("run_id", ["digits-1", pytest.param("digits-killed", marks=pytest.mark.slow)])
 def test_records_alone_reproduce_the_run_without_temporal(
     grown: dict[str, Any], stack: LocalStack, run_id: str
 ) -> None:
@@ -184,6 +191,7 @@ def test_records_alone_reproduce_the_run_without_temporal(
     assert len(reproduced["heads"]) >= 60 and all(head["same"] for head in reproduced["heads"])
 
 
+@pytest.mark.fault("C8")
 def test_the_same_run_id_twice_is_a_conflict(grown: dict[str, Any], stack: LocalStack) -> None:
     ended = stack.run("start-run", "--quick-start", "digits", "--run-id", "digits-1", "--json", "--output", "elsewhere")
     assert ended.code == 5

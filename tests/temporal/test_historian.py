@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from fake_activities import FakeWorld
+from ledger_world import LedgerWorld
+from resetting import reset
 from temporalio.client import Client
 from workflow_stage import WORKFLOWS
 from workflow_stage import Stage
@@ -85,6 +87,30 @@ def test_the_histories_of_a_run_are_stored_whole_in_order_and_once(temporal_addr
     ][:-1]
     children = {history.workflow_id for history in stored} - {run_id}
     assert children == {f"{run_id}/tamiyo/{epoch}" for epoch in (1, 2, 3)} | {f"{run_id}/tezzeret/a1"}
+
+
+@pytest.mark.fault("C8")
+def test_a_reset_run_is_stored_beside_what_it_was_reset_from(temporal_address: str, tmp_path: Path) -> None:
+    world = LedgerWorld()
+
+    async def scene() -> list[tuple[str, int, bool]]:
+        connections, library = await connections_in(tmp_path)
+        async with stage(temporal_address, world) as on:
+            handle = await on.start(configuration(3))
+            await handle.result()
+            await recorded(library, world, handle.id, Outcome.STOPPED)
+            await Historian(on.client, connections).look()
+            (first, *_) = await library.histories(handle.id)
+            run_id = await reset(on.client, handle.id, 2)
+            await on.client.get_workflow_handle(handle.id, run_id=run_id).result()
+            await Historian(on.client, connections).look()
+        own = [history for history in await library.histories(handle.id) if history.workflow_id == handle.id]
+        await connections.close()
+        assert first.temporal_run_id == own[0].temporal_run_id
+        return [(history.temporal_run_id, history.sequence, history.temporal_run_id == run_id) for history in own]
+
+    stored = asyncio.run(scene())
+    assert [(sequence, is_reset) for _, sequence, is_reset in stored] == [(0, False), (1, True)]
 
 
 def test_a_run_that_the_server_forgot_does_not_hold_up_the_others(

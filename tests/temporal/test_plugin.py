@@ -78,7 +78,8 @@ def test_an_error_of_an_activity_reaches_the_client_with_its_code(
 
     async def scene() -> ApplicationError:
         client = await Client.connect(temporal_address, plugins=[EsperPlugin()])
-        assert client.data_converter is pydantic_data_converter
+        expected = pydantic_data_converter.payload_converter_class
+        assert client.data_converter.payload_converter_class is expected
         run_id = f"run-{uuid.uuid4().hex[:8]}"
         async with Worker(client, task_queue=queues.ORCHESTRATION, workflows=[TrainingRun], activities=[record_run]):
             with pytest.raises(WorkflowFailureError) as failed:

@@ -66,6 +66,7 @@ def test_another_digest_is_refused():
     assert other.digest[:19] in error.message
 
 
+@pytest.mark.fault("D5")
 def test_weights_of_another_kernel_are_refused():
     other = build_kernel("bottleneck", SITE, {"rank": 4}, seed=1, samples=None, max_parameters=1000)
     error = refused(replace(FILES, weights=other.weights))
@@ -73,6 +74,7 @@ def test_weights_of_another_kernel_are_refused():
     assert "weights digest" in error.message
 
 
+@pytest.mark.fault("D4")
 @settings(max_examples=80, deadline=None)
 @given(st.integers(0, 8 * FILES.size_bytes - 1))
 def test_any_flipped_bit_is_refused(bit):
@@ -101,6 +103,7 @@ def test_a_truncated_manifest_is_refused():
         assert refused(replace(FILES, manifest=FILES.manifest[:length])).code == "ESP-403"
 
 
+@pytest.mark.fault("A8")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_refused_by_name(value):
     damaged = {name: tensor.clone() for name, tensor in TENSORS.items()}
@@ -161,6 +164,7 @@ class Canary:
         return os.mknod, (str(self.path),)
 
 
+@pytest.mark.fault("I12")
 def test_a_pickle_in_place_of_a_kernel_is_never_executed(tmp_path):
     marker = tmp_path / "executed"
     pickled = pickle.dumps(Canary(marker))

@@ -226,6 +226,7 @@ def test_a_kernel_that_leaves_the_forward_alone_and_not_the_gradient_is_refused(
     assert {"backward", "state"} <= named_checks(certificate)
 
 
+@pytest.mark.fault("A8")
 def test_weights_that_are_not_finite_are_no_kernel(linear_site):
     def spoil(tensors: dict[str, Tensor]) -> None:
         tensors["down.weight"][0, 0] = math.nan
@@ -236,6 +237,7 @@ def test_weights_that_are_not_finite_are_no_kernel(linear_site):
     assert refusal.value.code == "ESP-405"
 
 
+@pytest.mark.fault("A8")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_kernel_in_memory_with_weights_that_are_not_finite_is_refused(linear_site, value):
     files = build_kernel("bottleneck", linear_site, {}, seed=0, samples=None, max_parameters=10**6)
@@ -258,6 +260,7 @@ def test_units_that_never_fire_never_learn_and_are_refused(linear_site):
     assert certificate.failures == ("gradient: none within two steps for down.weight, down.bias, up.weight",)
 
 
+@pytest.mark.fault("A11")
 @pytest.mark.parametrize("wrong", ["output", "input"])
 def test_a_kernel_of_another_shape_is_refused(linear_site, wrong):
     files = build_kernel("bottleneck", linear_site, {}, seed=0, samples=None, max_parameters=10**6)

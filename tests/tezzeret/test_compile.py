@@ -28,6 +28,7 @@ def kernel_of(site: SiteContract, name: str = "bottleneck") -> KernelModule:
     return kernel
 
 
+@pytest.mark.fault("B4")
 def test_without_a_compiler_a_kernel_stays_eager_and_says_why(linear_site, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     told: list[CompiledKernel] = []
@@ -104,6 +105,7 @@ def test_what_was_not_warmed_runs_eagerly(linear_site):
         assert not compiled.covers(torch.randn(3, 12))
 
 
+@pytest.mark.fault("B4")
 def test_a_compiler_that_fails_leaves_the_kernel_eager_with_a_reason(linear_site, monkeypatch):
     kernel = kernel_of(linear_site)
     compiled = CompiledKernel(kernel)

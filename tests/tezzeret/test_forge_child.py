@@ -77,16 +77,19 @@ def test_the_job_s_own_errors_keep_their_class_and_code(fork_server, linear_site
         certify_in_child(broken, samples=None, optimizer=None, compile=False, server=fork_server, **PATIENT)
 
 
+@pytest.mark.fault("B2")
 def test_an_endless_job_is_over_time(fork_server):
     error = refused(fork_server, "loop", timeout_s=0.5)
     assert error.code == "ESP-424"
     assert "over time, more than 0.5 s" in error.message
 
 
+@pytest.mark.fault("B2")
 def test_too_much_processor_time_is_over_time(fork_server):
     assert refused(fork_server, "burn").code == "ESP-424"
 
 
+@pytest.mark.fault("B2")
 @pytest.mark.parametrize("job", ["hog", "python_hog"])
 def test_a_memory_hog_is_over_memory(fork_server, job):
     error = refused(fork_server, job, memory_mb=512)
@@ -100,24 +103,28 @@ def test_a_child_that_leaves_is_named_with_its_status(fork_server):
     assert "exit status 7" in error.message
 
 
+@pytest.mark.fault("B2")
 def test_a_segfault_is_named_by_its_signal(fork_server):
     error = refused(fork_server, "segfault")
     assert error.code == "ESP-426"
     assert "SIGSEGV" in error.message
 
 
+@pytest.mark.fault("B2")
 def test_a_file_beyond_the_limit_cannot_be_written(fork_server):
     error = refused(fork_server, "big_file")
     assert error.code == "ESP-426"
     assert "File too large" in error.message
 
 
+@pytest.mark.fault("B2")
 def test_a_crash_and_a_bad_answer_are_reported(fork_server):
     assert "KeyError: 'nonesuch'" in refused(fork_server, "crash").message
     assert refused(fork_server, "garbage").code == "ESP-426"
     assert "KeyError: 'no such job'" in refused(fork_server, "no such job").message
 
 
+@pytest.mark.fault("B2")
 def test_the_group_and_the_folder_of_a_killed_child_are_gone(fork_server, tmp_path):
     file = tmp_path / "pids"
     done = threading.Event()
@@ -138,6 +145,7 @@ def test_the_group_and_the_folder_of_a_killed_child_are_gone(fork_server, tmp_pa
     assert gone(int(child)) and gone(int(grandchild))
 
 
+@pytest.mark.fault("B3", "I12")
 def test_a_child_sees_no_secret_no_caller_and_no_heavy_module(fork_server):
     answer, blobs = fork_server.run("look", {}, [b"", b"abc"], **PATIENT)
     assert answer["modules"] == []
@@ -157,6 +165,7 @@ def test_a_child_sees_no_secret_no_caller_and_no_heavy_module(fork_server):
     assert blobs == [b"", b"abc"]
 
 
+@pytest.mark.fault("I12")
 def test_scrubbed_environment_drops_what_looks_like_a_secret():
     given = {
         "PATH": "/bin",
@@ -178,6 +187,7 @@ def test_children_work_from_threads_of_an_asyncio_process_side_by_side(fork_serv
     assert len(set(asyncio.run(both()))) == 4
 
 
+@pytest.mark.fault("B1")
 def test_a_killed_server_is_replaced():
     server = ForkServer(jobs="forge_faults", search_path=(str(Path(__file__).parent),))
     try:

@@ -135,6 +135,7 @@ BAD_GRAPHS = {
 }
 
 
+@pytest.mark.fault("B2", "B3")
 @pytest.mark.parametrize("name", BAD_GRAPHS)
 def test_a_bad_graph_is_refused_by_rule_and_node(name):
     document, code, part = BAD_GRAPHS[name]
@@ -161,6 +162,7 @@ BAD_BYTES = {
 }
 
 
+@pytest.mark.fault("B2", "B3")
 @pytest.mark.parametrize("name", BAD_BYTES)
 def test_bytes_that_are_no_graph_are_refused(name):
     data, part = BAD_BYTES[name]
@@ -195,6 +197,7 @@ mutations = st.dictionaries(
 )
 
 
+@pytest.mark.fault("B3")
 @settings(max_examples=60, deadline=None)
 @given(mutations)
 def test_any_mutation_is_either_a_graph_or_a_clear_error(change):
@@ -204,6 +207,7 @@ def test_any_mutation_is_either_a_graph_or_a_clear_error(change):
         assert "ESP-410" <= error.code <= "ESP-420"
 
 
+@pytest.mark.fault("B3")
 @settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_clear_error(data):

@@ -12,6 +12,7 @@ from site_world import site
 
 from esper.contracts.assets import Hyperparameters
 from esper.contracts.assets import SiteContract
+from esper.runtime.tezzeret.blueprints.documents import parse_document
 from esper.runtime.tezzeret.blueprints.registering import TABLE
 from esper.runtime.tezzeret.blueprints.registry import PACKAGED
 from esper.runtime.tezzeret.blueprints.registry import list_blueprints
@@ -132,3 +133,9 @@ def test_documentation_and_registry_say_the_same():
 
 def _packaged() -> set[str]:
     return {module.__name__ for module in PACKAGED}
+
+
+def test_the_document_of_the_documentation_is_a_blueprint():
+    (text,) = re.findall(r"```json\n(.*?)```", DOCUMENT, re.S)
+    blueprint = parse_document(text.encode())
+    assert (blueprint.name, blueprint.reads) == ("gated_branch", "input")

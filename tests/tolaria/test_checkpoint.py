@@ -17,6 +17,7 @@ from esper.contracts.assets import ArtifactRef
 from esper.errors import IntegrityError
 from esper.errors import TargetError
 from esper.runtime.tezzeret.ir import canonical_json
+from esper.runtime.tolaria.checkpoint import read_manifest
 from esper.runtime.tolaria.checkpoint import restore
 from esper.runtime.tolaria.checkpoint import resume
 from esper.runtime.tolaria.checkpoint import snapshot
@@ -64,6 +65,25 @@ def test_snapshot_is_not_touched_by_what_follows(store):
     assert write(snapshot(trainee, RunState()), store.put) != before
 
 
+def test_parameters_that_do_not_train_are_stored_once(store):
+    trainee = trained(make_config("tolaria_tasks:partly_frozen"))
+    before = read_manifest(write(snapshot(trainee, RunState()), store.put), store.get)
+    trainee.advance()
+    ref = write(snapshot(trainee, RunState()), store.put)
+    after = read_manifest(ref, store.get)
+    assert before.frozen is not None
+    assert set(load(store.get(before.frozen))) == {"first.weight", "first.bias"}
+    assert after.frozen == before.frozen
+    assert after.model != before.model
+    again = trained(make_config("tolaria_tasks:partly_frozen"), steps=0)
+    with torch.no_grad():
+        again.model.first.weight.zero_()
+    resume(again, restore(ref, store.get))
+    assert torch.equal(again.model.first.weight, trainee.model.first.weight)
+    assert torch.equal(again.model.last.weight, trainee.model.last.weight)
+
+
+@pytest.mark.fault("D4", "H4")
 @pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"{}", b'{"schema_version": 1}', b"\xff\xfe"])
 def test_bytes_that_are_no_checkpoint_are_refused(store, data):
     with pytest.raises(IntegrityError) as caught:
@@ -85,6 +105,7 @@ def test_random_states_that_are_incomplete_are_refused(store):
         restore(rewritten(store, ref, random_scalars={}), store.get)
 
 
+@pytest.mark.fault("H4")
 def test_checkpoint_of_a_newer_esper_is_refused_by_name(store):
     ref = write(snapshot(trained(), RunState()), store.put)
     with pytest.raises(IntegrityError, match="format 99") as caught:

@@ -44,6 +44,7 @@ def narrow():
     return make_config("tolaria_tasks:narrow", optimizer={"lr": 0.02}, run={"max_epochs": 30})
 
 
+@pytest.mark.fault("D8", "I7", "I11")
 def test_collected_run_goes_on_judges_and_ends_in_the_same_bits(world, drive, narrow):
     undisturbed = drive(narrow, run_id="other")
     spe = undisturbed.session.describe().steps_per_epoch
@@ -109,6 +110,7 @@ def test_dry_run_and_young_objects_remove_nothing(world, drive, narrow):
     assert again.removed == 0 and again.kept == done.kept
 
 
+@pytest.mark.fault("D8")
 def test_unreadable_checkpoint_stops_the_sweep(world, drive, narrow):
     driver = drive(narrow)
     driver.train(1, 2, 3, 4)
@@ -122,6 +124,7 @@ def test_unreadable_checkpoint_stops_the_sweep(world, drive, narrow):
     assert len(list((world.folder / "objects").rglob("*"))) == before
 
 
+@pytest.mark.fault("D8", "I7")
 def test_object_put_again_while_it_is_collected_is_never_lost(tmp_path: Path):
     store = FolderStore(tmp_path / "objects")
     data = b"a checkpoint"

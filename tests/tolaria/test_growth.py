@@ -180,6 +180,7 @@ def test_missed_delivery_is_recorded_and_training_goes_on(drive):
     assert driver.digest() == plain.digest()
 
 
+@pytest.mark.fault("F1")
 def test_delivery_that_arrives_while_training_waits_for_it_is_grafted_in_time(drive):
     driver = drive(make_config())
     order = ordered(1, 7)
@@ -203,6 +204,7 @@ def test_delivery_that_arrives_while_training_waits_for_it_is_grafted_in_time(dr
     assert results[0].stall_seconds > 0
 
 
+@pytest.mark.fault("F1", "I2")
 def test_duplicate_delivery_is_grafted_once(drive):
     driver = drive(make_config())
     delivery, result, _, third = grow(driver)
@@ -212,6 +214,7 @@ def test_duplicate_delivery_is_grafted_once(drive):
     assert sum(seed.state is not SeedState.DORMANT for node in third.graph.nodes for seed in node.seeds) == 1
 
 
+@pytest.mark.fault("F2", "I3")
 def test_kernel_for_an_old_seed_generation_is_never_loaded(drive):
     driver = drive(make_config(tamiyo={"keep_margin": 0.99, "hold_epochs": 1, "hold_steps": 0}))
     _, _, first, _ = grow(driver)
@@ -238,6 +241,7 @@ def test_asap_delivery_is_grafted_at_a_step_beyond_the_frontier(drive):
     assert [item.head.step for item in heads] == [0, 7, 8, 14]
 
 
+@pytest.mark.fault("F5", "I6")
 def test_second_graft_is_refused_while_one_is_on_probation(drive):
     driver = drive(make_config(tamiyo={"hold_epochs": 2, "hold_steps": 0}))
     _, _, first, _ = grow(driver)

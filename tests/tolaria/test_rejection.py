@@ -78,6 +78,7 @@ def test_certificate_that_is_none_is_refused(grown):
     assert not answer.accepted and "certificate" in answer.reason
 
 
+@pytest.mark.fault("A11")
 def test_kernel_that_would_change_the_function_is_culled_at_its_birth(grown, drive):
     driver, delivery = grown()
     assert driver.session.install(not_zero_at_birth(driver.world, delivery)).accepted
@@ -101,6 +102,7 @@ def spikes_only(tensors):
     return {"down.weight": down, "down.bias": bias, "up.weight": torch.full_like(tensors["up.weight"], 0.5)}
 
 
+@pytest.mark.fault("A11")
 def test_birth_that_changes_only_rows_of_the_task_is_culled(grown):
     driver, delivery = grown(make_config("tolaria_tasks:spiky"))
     assert driver.session.install(not_zero_at_birth(driver.world, delivery, spikes_only)).accepted
@@ -121,6 +123,7 @@ def test_delivery_for_a_place_that_does_not_exist_is_rejected(grown, changes, wo
     assert not answer.accepted and words in answer.reason
 
 
+@pytest.mark.fault("B4")
 def test_without_a_compiler_kernels_run_eagerly_and_end_in_the_same_bits(grown, monkeypatch, caplog):
     digests = []
     monkeypatch.setattr("esper.runtime.tezzeret.compile.c_compiler", lambda: None)

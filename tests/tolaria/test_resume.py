@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ def begin_growing(driver, run_id="run"):
     return order
 
 
+@pytest.mark.fault("A1", "I5", "I11")
 def test_resume_in_the_middle_of_an_epoch_in_another_process_changes_no_bit(world, drive, each_step):
     configs, expected = {}, {}
     for name in ("adamw", "adam", "sgd"):
@@ -86,6 +88,7 @@ def test_resume_in_the_middle_of_an_epoch_in_another_process_changes_no_bit(worl
     assert {name: result["digest"] for name, result in found.items()} == expected
 
 
+@pytest.mark.fault("A1", "I11")
 @pytest.mark.parametrize(
     ("target", "at"),
     [("tolaria_tasks:small", 2), ("tolaria_tasks:small", 9), ("tolaria_tasks:noisy", 6), ("tolaria_tasks:noisy", 8)],
@@ -106,6 +109,7 @@ def test_kill_without_a_checkpoint_goes_back_to_the_head_and_ends_in_the_same_bi
     assert again.digest() == whole.digest()
 
 
+@pytest.mark.fault("A3", "F3")
 @pytest.mark.parametrize("at", [15, 22, 28])
 def test_recorded_graft_is_made_again_at_its_step(drive, each_step, at):
     config = make_config(tamiyo=HOLD)
@@ -191,6 +195,7 @@ def test_resume_with_another_recipe_is_a_conflict_that_names_the_settings(drive,
     assert caught.value.code == "ESP-502" and "optimizer.lr was 0.01, is 0.5" in caught.value.message
 
 
+@pytest.mark.fault("A15")
 def test_other_thread_count_is_allowed_and_told(drive):
     drive(make_config()).train(1)
     driver = drive(make_config(run={"threads": 1}))
@@ -199,21 +204,24 @@ def test_other_thread_count_is_allowed_and_told(drive):
     world = driver.world
     lease = world.call(world.library.claim("run", "other"))
     ledger = world.call(world.library.take_over(lease))
-    session = Session.load(config, ledger, world.store)
+    session = Session.load(config, ledger, world.store_under(lease))
     world._sessions.append(session)
     assert "threads 2" in session.describe().warnings[0]
+    (drift,) = world.call(world.library.drifts("run"))
+    assert (drift.step, drift.fields) == (7, {"threads": (1, 2)})
 
 
+@pytest.mark.fault("J")
 @pytest.mark.parametrize(
     "damage",
     [lambda data: b"", lambda data: data[:-1], lambda data: data[:-1] + bytes([data[-1] ^ 1])],
     ids=["empty", "truncated", "flipped"],
 )
-def test_damaged_checkpoint_is_refused(drive, world, damage):
+def test_damaged_checkpoint_is_refused_where_there_is_no_other(drive, world, damage):
     driver = drive(make_config())
     driver.train(1)
     lease = world.call(world.library.claim("run", "other"))
-    ledger = world.call(world.library.take_over(lease))
+    ledger = replace(world.call(world.library.take_over(lease)), older=())
     document = json.loads(world.objects.get(ledger.manifest))
     for digest in (ledger.manifest.digest, *(document[part]["digest"] for part in ("model", "optimizer", "random"))):
         path = world.folder / "objects" / "sha256" / digest.removeprefix("sha256:")
@@ -221,11 +229,12 @@ def test_damaged_checkpoint_is_refused(drive, world, damage):
         path.chmod(0o600)
         path.write_bytes(damage(whole))
         with pytest.raises(IntegrityError) as caught:
-            Session.load(make_config(), ledger, world.store)
-        assert caught.value.code == "ESP-407"
+            Session.load(make_config(), ledger, world.store_under(lease))
+        assert caught.value.code == "ESP-402" and "the checkpoint is damaged" in caught.value.message
         path.write_bytes(whole)
 
 
+@pytest.mark.fault("E5", "I4")
 def test_missing_graft_below_the_head_is_an_integrity_stop(drive, world):
     driver = drive(make_config())
     driver.train(1, 2)

@@ -50,6 +50,13 @@ def small(rows: int = 200, dropout: float = 0.1) -> Task:
     return Task(Small(dropout), train, validation, small_loss, test=validation, metrics=accuracy)
 
 
+def partly_frozen() -> Task:
+    """The first layer does not train."""
+    task = small()
+    task.model.first.requires_grad_(False)
+    return task
+
+
 def spiky() -> Task:
     """Every third row has one feature a thousand times larger than the rest."""
     task = small()

@@ -14,6 +14,7 @@ from esper.contracts.operational import EpochReport
 from esper.contracts.operational import KernelDelivery
 from esper.contracts.operational import ScheduledAdaptation
 from esper.contracts.orders import EpochRequest
+from esper.contracts.orders import Lease
 from esper.contracts.orders import RecordRun
 from esper.runtime.tezzeret.blueprints.registry import site_contract_for
 from esper.runtime.tezzeret.build import build_kernel
@@ -58,6 +59,10 @@ class World:
         session = Session.load(config, ledger, self.store)
         self._sessions.append(session)
         return session
+
+    def store_under(self, lease: Lease) -> UrzaStore:
+        """What a trainer that holds `lease` reads and writes with."""
+        return UrzaStore(self._loop, self.library, self.objects, lease)
 
     def facts(self, run_id: str = "run") -> list[tuple[str, int]]:
         return [(fact.kind.value, fact.apply_step) for fact in self.call(self.library.facts(run_id))]

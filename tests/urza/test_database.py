@@ -74,6 +74,7 @@ def test_drift_would_be_seen(empty_url):
     asyncio.run(main())
 
 
+@pytest.mark.fault("E6")
 def test_two_upgrades_at_once_are_one_after_the_other(empty_url):
     async def main():
         done = await asyncio.gather(*(migration.upgrade(empty_url) for _ in range(3)))
@@ -89,6 +90,7 @@ def test_the_revision_is_that_of_the_newest_migration():
     assert ScriptDirectory.from_config(config).get_heads() == [migration.REVISION]
 
 
+@pytest.mark.fault("E6")
 def test_workers_refuse_a_database_without_tables_and_make_nothing(tmp_path):
     file = tmp_path / "urza.db"
     with pytest.raises(DatabaseUnavailable, match="esper-cli db upgrade") as refused:
@@ -98,6 +100,7 @@ def test_workers_refuse_a_database_without_tables_and_make_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault("E6")
 @pytest.mark.parametrize(("revision", "words"), [("0000", "esper-cli db upgrade"), ("9999", "newer than this Esper")])
 def test_workers_refuse_another_revision(database_url, revision, words):
     async def main(number: str) -> None:
@@ -176,6 +179,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     assert refused.value.code == "ESP-333"
 
 
+@pytest.mark.fault("E1")
 def test_a_database_that_stays_locked_is_an_error_and_stays_whole(sqlite_file, locked, make, monkeypatch):
     monkeypatch.setattr(engine, "BUSY_TIMEOUT_MS", 100)
 
@@ -192,6 +196,7 @@ def test_a_database_that_stays_locked_is_an_error_and_stays_whole(sqlite_file, l
     asyncio.run(main())
 
 
+@pytest.mark.fault("E1")
 def test_a_lock_that_is_given_back_is_waited_for(sqlite_file, locked, make):
     def give_back() -> None:
         time.sleep(0.3)
@@ -207,6 +212,7 @@ def test_a_lock_that_is_given_back_is_waited_for(sqlite_file, locked, make):
     thread.join()
 
 
+@pytest.mark.fault("E2")
 def test_a_full_disk_is_an_error_and_the_database_stays_whole(sqlite_file, make):
     async def main():
         made = make_engine(parse_url("default", sqlite_file))
@@ -233,6 +239,7 @@ def test_a_full_disk_is_an_error_and_the_database_stays_whole(sqlite_file, make)
     connection.close()
 
 
+@pytest.mark.fault("E3")
 def test_every_connection_keeps_the_promises(sqlite_file):
     async def main():
         made = make_engine(parse_url("default", sqlite_file))
@@ -293,6 +300,7 @@ def test_sqlite_on_a_network_file_system_is_refused(sqlite_file, monkeypatch):
     assert "PostgreSQL" in str(refused.value)
 
 
+@pytest.mark.fault("E4")
 @pytest.mark.postgres
 def test_a_lost_connection_is_an_error_and_the_next_call_works(migrated_postgres, make):
     url = migrated_postgres.url("migrated")

@@ -40,6 +40,7 @@ def test_a_head_moves_from_its_parent_and_carries_the_report(play, make):
     play(scenario)
 
 
+@pytest.mark.fault("E4", "D6")
 def test_a_commit_whose_answer_was_lost_succeeds_again(play, make):
     async def scenario(library):
         lease = await begin(library, make)
@@ -71,6 +72,7 @@ def test_a_report_may_join_a_head_that_is_there_already(play, make):
     play(scenario)
 
 
+@pytest.mark.fault("I9")
 def test_a_fenced_owner_writes_nothing(play, make):
     async def scenario(library):
         stale = await begin(library, make)
@@ -103,6 +105,7 @@ def test_a_fenced_owner_writes_nothing(play, make):
     play(scenario)
 
 
+@pytest.mark.fault("A4", "I9")
 def test_a_zombie_is_fenced_even_where_its_successor_made_the_same_head(play, make):
     async def scenario(library):
         zombie = await begin(library, make)
@@ -115,6 +118,7 @@ def test_a_zombie_is_fenced_even_where_its_successor_made_the_same_head(play, ma
     play(scenario)
 
 
+@pytest.mark.fault("I9")
 def test_of_concurrent_commits_exactly_one_wins(play, make):
     async def scenario(library):
         lease = await begin(library, make)
@@ -243,6 +247,7 @@ def test_a_fact_is_inserted_once_and_numbered_by_the_database(play, make):
     play(scenario)
 
 
+@pytest.mark.fault("F1", "I2")
 @pytest.mark.parametrize(("first", "second"), [(FactKind.GRAFT, FactKind.MISSED), (FactKind.MISSED, FactKind.GRAFT)])
 def test_a_graft_and_a_missed_delivery_exclude_each_other(play, make, first, second):
     async def scenario(library):
@@ -287,6 +292,7 @@ def test_a_fact_of_another_run_is_refused(play, make):
 WRITER = Path(__file__).with_name("writer.py")
 
 
+@pytest.mark.fault("E1")
 def test_four_processes_lose_no_write(play, make, database_url):
     play(lambda library: begin(library, make))
     command = [sys.executable, str(WRITER), database_url, "4", "50"]

@@ -114,6 +114,7 @@ def test_damaged_bytes_are_refused(place, damage, word):
     assert place.store.describe() in str(refused.value)
 
 
+@pytest.mark.fault("D5")
 def test_swapped_objects_are_refused(place):
     first, second = b"kernel A", b"kernel B"
     one, two = place.store.put(first), place.store.put(second)
@@ -130,6 +131,7 @@ def test_a_size_that_lies_is_refused(place):
         place.store.get(ref.model_copy(update={"size_bytes": 1}))
 
 
+@pytest.mark.fault("D3")
 def test_a_truncated_object_is_healed_by_the_next_put(place):
     ref = place.store.put(DATA)
     place.overwrite(object_key(ref), DATA[:10])
@@ -165,6 +167,7 @@ def test_objects_are_listed_with_their_age_and_only_old_ones_go(place):
     assert not place.store.exists(young) and not place.store.delete_older(young, -3600.0)
 
 
+@pytest.mark.fault("D4")
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=2000), position=st.integers(0, 10_000), bit=st.integers(0, 7))
 def test_any_flipped_bit_is_refused(tmp_path, data, position, bit):
@@ -187,6 +190,7 @@ def test_a_flipped_bit_in_a_folder_is_healed_by_the_next_put(tmp_path):
     assert store.get(ref) == DATA
 
 
+@pytest.mark.fault("D9")
 @pytest.mark.parametrize("failing", ["fsync", "write"])
 def test_a_put_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, failing):
     store = FolderStore(tmp_path)
@@ -214,6 +218,7 @@ def test_a_folder_that_is_a_file_is_refused_by_name(tmp_path):
         store.put(DATA)
 
 
+@pytest.mark.fault("D7")
 def test_a_read_only_folder_is_refused_by_name(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")

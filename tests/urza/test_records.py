@@ -271,6 +271,7 @@ def test_a_fuller_history_takes_the_place_of_an_earlier_one(play, make):
     play(scenario)
 
 
+@pytest.mark.fault("B1")
 def test_a_kernel_is_published_once_for_its_adaptation_and_once_for_its_digest(play, make):
     async def scenario(library):
         await library.record_run(make.run(), NOW)
@@ -289,6 +290,7 @@ def test_a_kernel_is_published_once_for_its_adaptation_and_once_for_its_digest(p
     play(scenario)
 
 
+@pytest.mark.fault("B1")
 def test_two_forges_at_once_publish_one_kernel(play, make):
     async def scenario(library):
         await library.record_run(make.run(), NOW)

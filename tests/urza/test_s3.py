@@ -103,6 +103,7 @@ def client_of(endpoint: str) -> Any:
     )
 
 
+@pytest.mark.fault("D1", "D7")
 @pytest.mark.parametrize(
     ("answer", "code", "word"),
     [
@@ -136,6 +137,7 @@ def test_a_look_that_is_refused_is_not_an_absence():
     assert refused.value.code == "ESP-323"
 
 
+@pytest.mark.fault("D1")
 def test_a_server_that_is_not_there_is_named():
     with hostile() as (server, _):
         endpoint = server.endpoint
@@ -167,18 +169,21 @@ def test_missing_credentials_are_said(s3_endpoint, monkeypatch):
     client.close()
 
 
+@pytest.mark.fault("D6")
 def test_a_taken_key_is_success():
     with hostile(PUT=[refusal(412, "PreconditionFailed")], HEAD=[found(len(DATA))]) as (server, store):
         assert store.put(DATA) == reference(DATA)
     assert server.seen == ["PUT", "HEAD"]
 
 
+@pytest.mark.fault("D6")
 def test_a_put_that_meets_another_tries_again():
     with hostile(PUT=[refusal(409, "ConditionalRequestConflict"), OK]) as (server, store):
         store.put(DATA)
     assert server.seen == ["PUT", "PUT"]
 
 
+@pytest.mark.fault("D6")
 def test_a_put_that_always_meets_another_gives_up():
     always = [refusal(409, "ConditionalRequestConflict")]
     with hostile(PUT=always) as (server, store), pytest.raises(ObjectsUnavailable, match="409"):
@@ -194,6 +199,7 @@ def test_a_server_without_conditions_is_asked_first(there, requests):
     assert server.seen == requests
 
 
+@pytest.mark.fault("D3")
 def test_a_body_that_breaks_off_is_read_again():
     broken = (200, {"Content-Length": str(len(DATA))}, DATA[:100])
     with hostile(GET=[broken, broken, (200, {}, DATA)]) as (server, store):
@@ -201,6 +207,7 @@ def test_a_body_that_breaks_off_is_read_again():
     assert server.seen == ["GET"] * 3
 
 
+@pytest.mark.fault("D3")
 def test_a_body_that_always_breaks_off_is_an_error():
     always = [(200, {"Content-Length": str(len(DATA))}, DATA[:100])]
     with hostile(GET=always) as (server, store), pytest.raises(ObjectsUnavailable, match="GetObject") as refused:
@@ -209,6 +216,7 @@ def test_a_body_that_always_breaks_off_is_an_error():
     assert 1 < len(server.seen) < 10
 
 
+@pytest.mark.fault("D4")
 def test_wrong_bytes_are_refused_and_not_asked_for_again():
     with hostile(GET=[(200, {}, b"x" + DATA[1:])]) as (server, store), pytest.raises(IntegrityError):
         store.get(reference(DATA))

@@ -181,6 +181,18 @@ def test_a_graft_on_probation_is_culled_before_one_that_was_kept() -> None:
     assert book.live_at("layers.1") is None
 
 
+@pytest.mark.fault("C8")
+@pytest.mark.parametrize("kind", [Verdict.KEEP, Verdict.CULL])
+def test_a_decision_on_the_step_of_a_verdict_does_not_see_it_however_fast_it_was(kind: Verdict) -> None:
+    book = ordered()
+    book.apply(fact(FactKind.GRAFT))
+    before = book.as_of(JUDGE)
+    book.judge(verdict(kind))
+    (seen,) = book.as_of(JUDGE)
+    assert (seen.state, seen.judge) == (before[0].state, before[0].judge) == (AdaptationState.TRAINING, None)
+    assert book.as_of(JUDGE + 1) == book.all() and state(book) is not AdaptationState.TRAINING
+
+
 EVENTS = st.lists(
     st.sampled_from(
         [

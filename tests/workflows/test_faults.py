@@ -182,6 +182,7 @@ def test_a_veto_comes_before_the_trainer_has_the_kernel_or_not_at_all(play: Play
     assert world.adaptations[-1].state is AdaptationState.FOSSILIZED
 
 
+@pytest.mark.fault("F3")
 def test_a_graft_that_was_recorded_stands_though_nobody_was_told(play: Play) -> None:
     world = FaultyWorld(grow_at=1, epoch_seconds=0.05, after={"install_kernel": [lost("ValueError")]})
     assert play(world, whole_run(6)).outcome is Outcome.COMPLETED
@@ -190,6 +191,7 @@ def test_a_graft_that_was_recorded_stands_though_nobody_was_told(play: Play) -> 
     assert world.adaptations[-1].judge.verdict is Verdict.KEEP
 
 
+@pytest.mark.fault("I8", "I10")
 def test_a_kernel_that_cannot_be_installed_costs_its_adaptation(play: Play) -> None:
     world = FaultyWorld(grow_at=1, before={"install_kernel": [lost("ValueError")]})
     assert play(world, whole_run(4)).outcome is Outcome.COMPLETED
@@ -217,6 +219,7 @@ def test_a_cull_survives_the_loss_of_the_trainer(play: Play) -> None:
     assert [what for what, _ in world.journal].count("remove") == 1
 
 
+@pytest.mark.fault("B6", "I10")
 def test_a_decision_that_makes_no_sense_is_no_growth(play: Play) -> None:
     world = FaultyWorld(grow_at=1, alter={"score_sites": lambda decision: decision.model_copy(update={"seed": 999})})
     assert play(world, whole_run(2)).outcome is Outcome.COMPLETED
@@ -224,6 +227,7 @@ def test_a_decision_that_makes_no_sense_is_no_growth(play: Play) -> None:
     assert world.adaptations == []
 
 
+@pytest.mark.fault("I3", "I8")
 def test_a_kernel_without_a_certificate_is_a_failed_one(play: Play) -> None:
     def bare(built: Any) -> Any:
         return built.model_copy(update={"kernel": built.kernel.model_copy(update={"certificate": None})})
@@ -233,6 +237,7 @@ def test_a_kernel_without_a_certificate_is_a_failed_one(play: Play) -> None:
     assert "without a certificate" in world.adaptations[-1].reason
 
 
+@pytest.mark.fault("F4")
 def test_messages_that_make_no_sense_change_nothing(play: Play) -> None:
     world = FakeWorld(epoch_seconds=0.2)
 
@@ -250,6 +255,7 @@ def test_messages_that_make_no_sense_change_nothing(play: Play) -> None:
     assert play(world, scene).outcome is Outcome.COMPLETED
 
 
+@pytest.mark.fault("C8")
 def test_a_run_id_that_is_taken_leaves_the_other_run_alone(play: Play) -> None:
     conflict = RunConflict("ESP-501", "run r exists with another configuration")
     world = FaultyWorld(before={"record_run": [to_failure(conflict)]})
@@ -258,6 +264,7 @@ def test_a_run_id_that_is_taken_leaves_the_other_run_alone(play: Play) -> None:
     assert world.outcomes == []
 
 
+@pytest.mark.fault("C8")
 def test_a_run_is_resumed_from_the_head_it_names_or_not_at_all(play: Play) -> None:
     world = FakeWorld()
     cause = play(world, failing_run(2, expected_head=head(70).digest))
@@ -266,6 +273,7 @@ def test_a_run_is_resumed_from_the_head_it_names_or_not_at_all(play: Play) -> No
     assert epochs_of(world) == []
 
 
+@pytest.mark.fault("F1", "I8")
 def test_what_was_ordered_before_a_run_was_stopped_is_forged_when_it_goes_on(play: Play) -> None:
     world = FaultyWorld(epoch=1, epoch_seconds=0.05)
 
@@ -299,6 +307,7 @@ def test_what_was_ordered_before_a_run_was_stopped_is_forged_when_it_goes_on(pla
     assert (world.adaptations[-1].adaptation_id[-2:], world.adaptations[-1].state) == ("a1", AdaptationState.FOSSILIZED)
 
 
+@pytest.mark.fault("I8")
 def test_what_is_on_its_way_when_the_run_is_complete_has_missed_it(play: Play) -> None:
     world = FakeWorld(grow_at=1, stop_at=2, epoch_seconds=0.2)
     assert play(world, whole_run(9, delivery={"lag_epochs": 5})).outcome is Outcome.COMPLETED
@@ -309,6 +318,7 @@ def cold() -> ApplicationError:
     return ApplicationError("not now")
 
 
+@pytest.mark.fault("B6", "I10")
 @pytest.mark.parametrize("child", ["tamiyo/1", "tezzeret/a1"])
 def test_a_child_that_a_person_cancels_costs_growth_and_not_the_run(play: Play, child: str) -> None:
     stuck = "score_sites" if "tamiyo" in child else "build_kernel"
@@ -326,6 +336,7 @@ def test_a_child_that_a_person_cancels_costs_growth_and_not_the_run(play: Play, 
         assert "cancelled" in world.adaptations[-1].reason
 
 
+@pytest.mark.fault("F1")
 def test_a_kernel_for_a_run_that_is_over_is_made_all_the_same(play: Play) -> None:
     world = FakeWorld()
     config = configuration(1)

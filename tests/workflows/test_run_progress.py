@@ -29,9 +29,9 @@ from esper.contracts.orders import RunRecord
 from esper.contracts.orders import ScoreRequest
 from esper.contracts.orders import TrainingRequest
 from esper.contracts.orders import TrainingState
+from esper.runtime.remembering import KEPT_LOSSES
 from esper.workflows.presentation import clipped
 from esper.workflows.presentation import details
-from esper.workflows.run_progress import KEPT_LOSSES
 from esper.workflows.run_progress import RunProgress
 from esper.workflows.tamiyo_decision import flaw_of
 

@@ -101,6 +101,7 @@ def test_a_culled_graft_frees_its_site(play: Play) -> None:
     assert world.adaptations[-1].state is AdaptationState.CULLED
 
 
+@pytest.mark.fault("B5", "I10")
 def test_a_failing_forge_costs_the_adaptation_and_not_the_run(play: Play) -> None:
     world = FakeWorld(grow_at=1, forge_fails=True)
 
@@ -113,6 +114,7 @@ def test_a_failing_forge_costs_the_adaptation_and_not_the_run(play: Play) -> Non
     assert any(what[0] == "abandon" for what in world.journal)
 
 
+@pytest.mark.fault("B6", "I10")
 def test_a_failing_strategist_means_no_growth(play: Play) -> None:
     world = FakeWorld(grow_at=1, score_fails=True)
 
@@ -195,6 +197,7 @@ def test_a_lost_trainer_is_one_loss_and_the_run_ends(play: Play) -> None:
     assert [n for what, n in world.journal if what == "epoch"] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.fault("F1", "I8")
 def test_continue_as_new_carries_the_run_on(play: Play) -> None:
     world = FakeWorld(grow_at=2)
 

@@ -3,14 +3,18 @@
 import contextvars
 import logging
 import threading
+from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
 from temporalio.exceptions import CancelledError
+from temporalio.service import RPCError
 
 from esper.runtime.temporal.options import HEARTBEAT
+from esper.runtime.watchdog import Watchdog
 
 
 class Draining(Exception):
@@ -18,6 +22,20 @@ class Draining(Exception):
 
 
 log = logging.getLogger(__name__)
+
+_alive: ContextVar[Callable[[], None]] = ContextVar("esper_alive", default=lambda: None)
+"""Tells the watchdog of the present work that it lives."""
+
+
+@contextmanager
+def watched(watchdog: Watchdog) -> Iterator[None]:
+    """Every heartbeat inside, also one from beside the work, shows the watchdog that it lives."""
+    with watchdog.watching() as alive:
+        token = _alive.set(alive)
+        try:
+            yield
+        finally:
+            _alive.reset(token)
 
 
 def beat(details: object) -> None:
@@ -33,11 +51,12 @@ def beat(details: object) -> None:
 
 
 def _send(details: object) -> None:
-    """One heartbeat that does not reach the event loop (blocked, or gone with its worker) is worth no training: if
-    none does, the server notices."""
+    """One heartbeat that does not reach the event loop (blocked, or gone with its worker) or that the server has no
+    capacity for is worth no training: if none arrives, the server notices."""
+    _alive.get()()
     try:
         activity.heartbeat(details)
-    except (TimeoutError, RuntimeError) as error:
+    except (TimeoutError, RuntimeError, RPCError) as error:
         log.warning("a heartbeat was not sent: %s", error or type(error).__name__)
 
 

@@ -23,6 +23,11 @@ from esper.activities.heartbeats import Draining
 from esper.activities.heartbeats import beat
 from esper.activities.heartbeats import draining_to_failure
 from esper.activities.heartbeats import pulse
+from esper.activities.heartbeats import watched
+from esper.activities.patience import FRESH_LIMIT_S
+from esper.activities.patience import LIMIT_S
+from esper.activities.patience import Patience
+from esper.activities.patience import draining_here
 from esper.activities.trainer_store import UrzaStore
 from esper.contracts.operational import EpochResult
 from esper.contracts.operational import HeadRef
@@ -41,11 +46,17 @@ from esper.contracts.orders import LoadedRun
 from esper.contracts.orders import LoadRequest
 from esper.contracts.orders import ReleaseRequest
 from esper.contracts.orders import RemoveRequest
+from esper.errors import EsperError
 from esper.errors import LeaseLost
+from esper.runtime.remembering import recent_facts
 from esper.runtime.temporal.options import HEARTBEAT
+from esper.runtime.temporal.options import STUCK
+from esper.runtime.tolaria.data.installed import refuse_unlisted
+from esper.runtime.tolaria.data.quick_starts import PACKAGED_TASKS
 from esper.runtime.tolaria.session import Session
 from esper.runtime.urza.connections import Connections
 from esper.runtime.urza.library import Library
+from esper.runtime.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +70,22 @@ class TrainerActivities:
     def __init__(self, task_queue: str, connections: Connections, loop: asyncio.AbstractEventLoop) -> None:
         self.task_queue = task_queue
         self.lease: Lease | None = None
+        self.claimed_by: str | None = None
+        """The execution (Temporal's own run id) of the workflow that claimed this process last."""
         self.claimed = asyncio.Event()
         self.released = asyncio.Event()
+        self.serves_other_hosts = False
+        """Whether people on other hosts may start runs here: then nothing is imported that a run names."""
+        self.doubted = asyncio.Event()
+        """Set when work here has failed: the run may be another process's now, or over."""
+        self.uncommitted: EsperError | None = None
+        """Why the last commit of a process that was told to end could not be made."""
         self._connections = connections
         self._library: Library | None = None
         self._loop = loop
         self._session: Session | None = None
+        self._patience = Patience()
+        self._watchdog = Watchdog(STUCK.total_seconds())
         self._busy = 0
         self._changed = threading.Condition()
 
@@ -104,9 +125,17 @@ class TrainerActivities:
             raise ApplicationError("this trainer shuts down", type="TrainerBusy")
         if self.lease is not None and self.lease.run_id != request.run_id:
             raise ApplicationError(f"this trainer serves {self.lease.run_id}", type="TrainerBusy")
+        if self._watchdog.silence() > HEARTBEAT.total_seconds():
+            raise ApplicationError("what this trainer does is stuck", type="TrainerBusy")
+        if self.lease is not None and not await self.holds_lease():
+            # A question that was asked before this process was stopped, and its successor claimed.
+            raise ApplicationError("another trainer has been claimed since", type="TrainerBusy")
         library = await self._connections.library(request.urza)
-        self.lease = await library.claim(request.run_id, self.task_queue)
+        self.lease = await library.claim(
+            request.run_id, self.task_queue, known=request.known_lease_gen, recovers=request.recovers
+        )
         self._library = library
+        self.claimed_by = activity.info().workflow_run_id
         self.claimed.set()
         log.info("claimed by run %s under lease %d", request.run_id, self.lease.lease_gen)
         return self.lease
@@ -114,16 +143,23 @@ class TrainerActivities:
     @activity.defn(name=names.LOAD_RUN.name, no_thread_cancel_exception=True)
     def load_run(self, request: LoadRequest) -> LoadedRun:
         """Build the task and the model, and go back to the run's head."""
-        with pulse("loading"), self._holding(request.lease):
+        with self._holding(request.lease), pulse("loading"):
             self._clear()
-            _enter(request.code)
+            if self.serves_other_hosts:
+                refuse_unlisted(request.config.task, os.environ, PACKAGED_TASKS)
+            else:
+                _enter(request.code)
             library = asyncio.run_coroutine_threadsafe(
                 self._connections.library(request.config.urza), self._loop
             ).result()
             ledger = asyncio.run_coroutine_threadsafe(library.take_over(request.lease), self._loop).result()
-            store = UrzaStore(self._loop, library, self._connections.store(request.config.urza), request.lease)
-            self._session = Session.load(request.config, ledger, store)
+            self._patience = Patience(FRESH_LIMIT_S if ledger.head is None else LIMIT_S, draining_here())
+            objects = self._connections.store(request.config.urza)
+            store = UrzaStore(self._loop, library, objects, request.lease, self._patience)
+            self._session = Session.load(request.config, ledger, store, accept_drift=request.accept_drift)
+            self._patience.limit_s = LIMIT_S
             loaded = self._session.describe()
+            loaded = loaded.model_copy(update={"facts": recent_facts(loaded.facts)})
             log.info("loaded %s at epoch %d, step %d", loaded.model_name, loaded.epoch, loaded.step)
             return loaded
 
@@ -134,8 +170,7 @@ class TrainerActivities:
             try:
                 result = session.train_epoch(request, self._beat_under(request.lease))
             except Draining:
-                log.info("draining: committed where training stood")
-                session.checkpoint(hold=True)
+                self._commit_and_leave(session)
                 raise
             log.info("epoch %d %s at step %d", result.epoch, result.status.value, result.step)
             return result
@@ -143,7 +178,7 @@ class TrainerActivities:
     @activity.defn(name=names.INSTALL_KERNEL.name, no_thread_cancel_exception=True)
     def install_kernel(self, request: InstallRequest) -> InstallResult:
         """Fetch, verify and build a kernel while training goes on, and record the step of its graft."""
-        with pulse("installing"), self._working(request.lease) as session:
+        with self._working(request.lease) as session, pulse("installing"):
             result = session.install(request.delivery)
             log.info("kernel of %s: %s", result.adaptation_id, result.reason)
             return result
@@ -151,7 +186,7 @@ class TrainerActivities:
     @activity.defn(name=names.ABANDON_KERNEL.name, no_thread_cancel_exception=True)
     def abandon_kernel(self, request: AbandonRequest) -> InstallResult:
         """Do not wait for this kernel any more."""
-        with pulse("abandoning"), self._working(request.lease) as session:
+        with self._working(request.lease) as session, pulse("abandoning"):
             return session.abandon(request.adaptation, request.reason)
 
     @activity.defn(name=names.JUDGE_SEED.name, no_thread_cancel_exception=True)
@@ -165,20 +200,20 @@ class TrainerActivities:
     @activity.defn(name=names.REMOVE_SEED.name, no_thread_cancel_exception=True)
     def remove_seed(self, request: RemoveRequest) -> InstallResult:
         """Ramp a graft to zero, then remove it."""
-        with pulse("removing"), self._working(request.lease) as session:
+        with self._working(request.lease) as session, pulse("removing"):
             return session.remove(request.adaptation_id)
 
     @activity.defn(name=names.CHECKPOINT.name, no_thread_cancel_exception=True)
     def checkpoint(self, request: CheckpointRequest) -> HeadRef:
         """Commit at the next step boundary."""
-        with pulse("committing"), self._working(request.lease) as session:
+        with self._working(request.lease) as session, pulse("committing"):
             return session.checkpoint(hold=request.hold, pauses=request.pauses)
 
     @activity.defn(name=names.RELEASE_TRAINER.name, no_thread_cancel_exception=True)
     def release_trainer(self, request: ReleaseRequest) -> FinishedRun:
         """The end of this process's service: evaluate and export when the run ends well, then let go."""
         if request.finish:
-            with pulse("finishing"), self._working(request.lease) as session:
+            with self._working(request.lease) as session, pulse("finishing"):
                 finished = session.finish()
         else:
             with self._holding(request.lease):
@@ -197,6 +232,17 @@ class TrainerActivities:
 
         return beat_under
 
+    def _commit_and_leave(self, session: Session) -> None:
+        """The last commit of a process that was told to end. Where it cannot be made, the head before it stands."""
+        try:
+            with pulse("committing"):
+                head = session.checkpoint(hold=True)
+        except EsperError as error:
+            log.error("draining: where training stood could not be committed: %s", error)
+            self.uncommitted = error
+        else:
+            log.info("draining: committed where training stood, step %d", head.step)
+
     def _clear(self) -> None:
         """Let the work under earlier leases end, and their session go: two models must not train side by side in
         one process, since they would draw from the same random generators."""
@@ -209,6 +255,8 @@ class TrainerActivities:
                 )
         session, self._session = self._session, None
         if session is not None:
+            # Its last commit may be waiting for a store.
+            self._patience.limit_s = 0.0
             session.close()
 
     @contextmanager
@@ -218,12 +266,20 @@ class TrainerActivities:
             if lease != self.lease:
                 raise _stale(lease, self.lease)
             self._busy += 1
+        failed = True
         try:
-            yield
+            with watched(self._watchdog):
+                yield
+            failed = False
+        except LeaseLost as error:
+            log.warning("LeaseLost: %s", error)
+            raise
         finally:
             with self._changed:
                 self._busy -= 1
                 self._changed.notify_all()
+            if failed:
+                self._loop.call_soon_threadsafe(self.doubted.set)
 
     @contextmanager
     def _working(self, lease: Lease) -> Iterator[Session]:

@@ -13,6 +13,7 @@ from esper.contracts.enums import AdaptationState
 from esper.contracts.operational import Adaptation
 from esper.contracts.operational import AdaptationDecision
 from esper.contracts.operational import EpochReport
+from esper.contracts.operational import Forgotten
 from esper.contracts.operational import LossPoint
 from esper.contracts.orders import KnownRun
 from esper.contracts.orders import OpenOrder
@@ -21,6 +22,8 @@ from esper.contracts.orders import RecordDecision
 from esper.contracts.orders import RecordOutcome
 from esper.contracts.orders import RecordRun
 from esper.contracts.orders import RunRecord
+from esper.runtime.remembering import KEPT_LOSSES
+from esper.runtime.remembering import remembered
 from esper.runtime.urza.connections import Connections
 
 
@@ -41,9 +44,11 @@ class UrzaActivities:
         reports = await library.reports(request.run_id)
         decisions = await library.decisions(request.run_id)
         adaptations = await library.adaptations(request.run_id)
+        kept, forgotten = remembered(adaptations, Forgotten())
         return KnownRun(
             record=record,
-            adaptations=adaptations,
+            adaptations=kept,
+            forgotten=forgotten,
             losses=tuple(
                 LossPoint(
                     epoch=report.epoch,
@@ -51,7 +56,7 @@ class UrzaActivities:
                     train_loss=report.metrics.train_loss,
                     val_loss=report.metrics.val_loss,
                 )
-                for report in reports
+                for report in reports[-KEPT_LOSSES:]
             ),
             report=reports[-1] if reports else None,
             decided_epoch=max((decision.epoch for decision in decisions), default=0),

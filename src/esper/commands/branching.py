@@ -19,10 +19,14 @@ def fork(
     values: options.SetOption = None,
     run_id: options.RunIdOption = None,
     output_folder: options.OutputOption = None,
+    accept_drift: options.AcceptDriftFlag = False,
     detach: options.DetachFlag = False,
     as_json: options.JsonFlag = False,
 ) -> int:
-    """Start a new run from the checkpoint of an epoch of another, which stays as it is."""
+    """Start a new run from the checkpoint of an epoch of another, which stays as it is.
+
+    A checkpoint that was collected is first trained again from the records, and must become what it was.
+    """
     from esper.commands.actions import forking
     from esper.commands.actions import launch
     from esper.contracts.messages import RequestAdaptation
@@ -37,5 +41,6 @@ def fork(
         values=values or [],
         run_id=run_id,
         output_folder=output_folder,
+        accept_drift=accept_drift,
     )
     return launch.start(prepared, detach=detach, as_json=as_json)

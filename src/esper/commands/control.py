@@ -23,18 +23,31 @@ def stop(run: options.RunArgument, as_json: options.JsonFlag = False) -> int:
     return _update(run, "stop", Stop(), as_json=as_json)
 
 
-def resume(run: options.RunArgument, as_json: options.JsonFlag = False) -> int:
-    """Continue a paused, stopped or failed run under the same id."""
+def resume(
+    run: options.RunArgument,
+    values: options.SetOption = None,
+    accept_drift: options.AcceptDriftFlag = False,
+    as_json: options.JsonFlag = False,
+) -> int:
+    """Continue a paused, stopped or failed run under the same id.
+
+    With another configuration, model or data set than before it says what differs and refuses, unless --accept-drift.
+    """
     from esper.commands.actions import continuing
 
-    return _print(continuing.resume(run), as_json=as_json)
+    return _print(continuing.resume(run, values, accept_drift=accept_drift), as_json=as_json)
 
 
-def recover(run: options.RunArgument, as_json: options.JsonFlag = False) -> int:
-    """Go on with a run that the Temporal server has lost, from the last checkpoint in Urza."""
+def recover(
+    run: options.RunArgument,
+    accept_drift: options.AcceptDriftFlag = False,
+    as_json: options.JsonFlag = False,
+) -> int:
+    """Go on from the last checkpoint in Urza with a run that the Temporal server has lost, or that is younger than
+    the database, which was restored from a copy."""
     from esper.commands.actions import continuing
 
-    return _print(continuing.recover(run), as_json=as_json)
+    return _print(continuing.recover(run, accept_drift=accept_drift), as_json=as_json)
 
 
 def adapt(

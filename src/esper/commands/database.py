@@ -26,7 +26,7 @@ def upgrade(url: options.DatabaseOption = None, as_json: options.JsonFlag = Fals
 
 @database.command("check")
 def check(url: options.DatabaseOption = None, as_json: options.JsonFlag = False) -> int:
-    """Say at which revision the database is. Exit 3 when it is not this Esper's."""
+    """Say at which revision the database is, and whether its file is whole. Exit 3 when either is not as it should."""
     import asyncio
 
     from esper.commands.actions import connections
@@ -34,6 +34,7 @@ def check(url: options.DatabaseOption = None, as_json: options.JsonFlag = False)
 
     status = asyncio.run(migration.check(connections.database_url(url)))
     migration.require(status)
+    asyncio.run(migration.require_whole(connections.database_url(url)))
     if as_json:
         output.write_json(_form(status.database, status.current, status.head, status.state))
     else:

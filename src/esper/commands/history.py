@@ -10,20 +10,25 @@ from esper.commands import output
 
 
 def history(run: options.RunArgument, as_json: options.JsonFlag = False) -> int:
-    """Every decision, also WAIT, with its evidence, delivery, apply step and outcome."""
+    """Every decision, also WAIT, with its evidence, delivery, apply step and outcome; and what its workflow tells of
+    trainers, messages and executions."""
     import asyncio
 
+    from esper.commands.actions import chronicling
     from esper.commands.actions import records
     from esper.commands.views import summary
     from esper.runtime.run_document import history_document
 
     document = history_document(asyncio.run(records.one_run(run)))
+    document["workflow"] = asyncio.run(chronicling.workflow_document(run))
     if as_json:
         output.write_json(document)
-    elif document["decisions"]:
+    elif document["decisions"] or document["rewinds"] or document["drifts"]:
         summary.write_history(document)
     else:
         output.say(f"Run {run} has not decided anything yet.")
+    if not as_json:
+        summary.write_chronicle(document["workflow"])
     return 0
 
 

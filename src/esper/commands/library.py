@@ -1,6 +1,7 @@
 """The library: what kernels are stored (`kernels`) and what can be built (`blueprints`)."""
 
 from typing import Annotated
+from typing import Any
 
 import typer
 
@@ -78,8 +79,12 @@ def kernels_verify(
 @blueprints.command("list")
 def blueprints_list(as_json: options.JsonFlag = False) -> int:
     """All blueprints."""
+    from esper.runtime.tezzeret.blueprints.documents import learn
     from esper.runtime.tezzeret.blueprints.registry import list_blueprints
 
+    list_blueprints()  # what is installed comes before what was submitted under the same name
+    for blueprint in submitted():
+        learn(blueprint)
     found = list_blueprints()
     if as_json:
         output.write_json([blueprint.model_dump(mode="json") for blueprint in found])
@@ -106,3 +111,28 @@ def blueprints_show(
     else:
         output.write_pairs(stored.flat(document))
     return 0
+
+
+@blueprints.command("submit")
+def blueprints_submit(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A blueprint as JSON; - reads it from standard input.")],
+    as_json: options.JsonFlag = False,
+) -> int:
+    """Check a blueprint that is data and store it: runs of this database may grow it by name from then on."""
+    import asyncio
+
+    from esper.commands.actions import stored
+
+    blueprint = asyncio.run(stored.submit(file))
+    if as_json:
+        output.write_json(blueprint.model_dump(mode="json"))
+    else:
+        output.write(f"{blueprint.name} version {blueprint.version}")
+    return 0
+
+
+def submitted() -> tuple[Any, ...]:
+    """The blueprints that were submitted to the database of the environment, of each name the newest first."""
+    from esper.commands.actions import stored
+
+    return stored.submitted()

@@ -32,6 +32,10 @@ DecisionOption = Annotated[
     str, typer.Option("--decision", metavar="wait|SITE:BLUEPRINT", help="What is decided on that epoch instead.")
 ]
 EpochOption = Annotated[int, typer.Option("--epoch", metavar="N", min=1, help="The epoch that was decided on.")]
+AcceptDriftFlag = Annotated[
+    bool,
+    typer.Option("--accept-drift", help="Go on although configuration, model or data are not as they were; recorded."),
+]
 OutputOption = Annotated[str | None, typer.Option("--output", metavar="DIR", help="Default: results/<run id>.")]
 
 

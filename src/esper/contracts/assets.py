@@ -60,7 +60,8 @@ class Seed(Contract):
 
 
 class Blueprint(Contract):
-    """A recipe for kernels: a registered function of a site contract and hyperparameters that returns IR."""
+    """A recipe for kernels: a registered function of a site contract and hyperparameters that returns IR, or one that
+    was submitted as data: then `graph` is the template of its IR."""
 
     name: str
     version: Annotated[int, Field(ge=1)] = 1
@@ -71,6 +72,8 @@ class Blueprint(Contract):
     capacity_free: bool = False
     """True for controls: on a trainable full-rank host such a kernel adds nothing."""
     state: BlueprintState = BlueprintState.VALIDATED
+    reads: Literal["input", "output"] = "input"
+    graph: dict[str, JsonValue] | None = None
 
 
 class Certificate(Contract):

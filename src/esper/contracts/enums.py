@@ -88,7 +88,12 @@ class FactKind(StrEnum):
     FOSSILIZE = "fossilize"
     CULL = "cull"
     REMOVE = "remove"
+    STRIKE = "strike"
+    """The kernel on probation failed a step, which was taken without it."""
+    BREAKER = "breaker"
+    """The kernel on probation failed too often, or took too much: removed at once."""
     QUARANTINE = "quarantine"
+    """The kernel ended its process twice: it is never executed again, and its graft is not made."""
     STOP = "stop"
 
 
@@ -105,6 +110,7 @@ STATE_AFTER: Mapping[FactKind, AdaptationState] = {
     FactKind.FOSSILIZE: AdaptationState.FOSSILIZED,
     FactKind.CULL: AdaptationState.CULLED,
     FactKind.REMOVE: AdaptationState.CULLED,
+    FactKind.BREAKER: AdaptationState.CULLED,
     FactKind.QUARANTINE: AdaptationState.FAILED,
 }
 """What becomes of an adaptation by a fact about it."""

@@ -135,8 +135,9 @@ class KernelDelivery(Contract):
 class Fact(Contract):
     """A change of the model that is not a pure function of the checkpoint, recorded before it is made.
 
-    Unique by (run, adaptation, kind). `seq` orders the facts of one boundary. `delivery` travels with a
-    graft; `judge_step` is the step at which the graft is compared with its twin.
+    Unique by (run, adaptation, kind); of strikes, there may be one at each step. `seq` orders the facts of one
+    boundary. `delivery` travels with a graft and with a quarantine; `judge_step` is the step at which the graft is
+    compared with its twin.
     """
 
     run_id: RunId
@@ -151,9 +152,14 @@ class Fact(Contract):
     reason: str = ""
 
     @property
-    def decides(self) -> FactKind:
+    def name(self) -> str:
+        """What tells it from the other facts of its adaptation."""
+        return f"{self.kind.value}@{self.apply_step}" if self.kind is FactKind.STRIKE else self.kind.value
+
+    @property
+    def decides(self) -> str:
         """What it settles: a graft and a missed delivery of one adaptation exclude each other."""
-        return FactKind.GRAFT if self.kind is FactKind.MISSED else self.kind
+        return FactKind.GRAFT.value if self.kind is FactKind.MISSED else self.name
 
 
 class EpochReport(Contract):
@@ -270,6 +276,27 @@ class Adaptation(Contract):
     state: AdaptationState
     reason: str
     judge: JudgeReport | None = None
+
+
+class Forgotten(Contract):
+    """Adaptations that a run's workflow no longer keeps in mind, by number: Urza has them all."""
+
+    ordered: Count = 0
+    culled: Count = 0
+    """Those of them that had been part of the model."""
+
+
+class MessageTally(Contract):
+    """What came to a run and changed nothing. Deliveries come at least once, and anybody may send a signal."""
+
+    dead_letters: Count = 0
+    """Could not be read: of no known name, of another version, or not what the name promises."""
+    stale: Count = 0
+    """Kernels for something that is over, that was ordered otherwise, or that nobody ordered."""
+    repeated: Count = 0
+    """Kernels that had come before."""
+    recent: tuple[str, ...] = ()
+    """The newest dead letters and stale kernels in words."""
 
 
 class Compute(Contract):

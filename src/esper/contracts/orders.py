@@ -27,10 +27,12 @@ from esper.contracts.operational import AdaptationDecision
 from esper.contracts.operational import Compute
 from esper.contracts.operational import EpochReport
 from esper.contracts.operational import Fact
+from esper.contracts.operational import Forgotten
 from esper.contracts.operational import HeadRef
 from esper.contracts.operational import KernelDelivery
 from esper.contracts.operational import LayerGraph
 from esper.contracts.operational import LossPoint
+from esper.contracts.operational import MessageTally
 from esper.contracts.operational import ScheduledAdaptation
 
 
@@ -53,12 +55,19 @@ class ClaimRequest(Contract):
     run_id: RunId
     urza: UrzaConfig
     preferred_queue: str | None = None
+    known_lease_gen: Annotated[int, Field(ge=0)] = 0
+    """The highest lease that the run's workflow was ever given: a database that is below it was restored from an
+    older copy."""
+    recovers: bool = False
+    """A person knows of that, and goes on from what the database has."""
 
 
 class LoadRequest(Contract):
     lease: Lease
     config: EsperConfig
     code: CodeLocation | None = None
+    accept_drift: bool = False
+    """Go on with another recipe, model or data set than those of the head; it is recorded."""
 
 
 class LoadedRun(Contract):
@@ -75,10 +84,12 @@ class LoadedRun(Contract):
     model_name: str
     graph: LayerGraph
     facts: tuple[Fact, ...] = ()
-    """All facts of the run so far, by `seq`: what a new owner of the run must know."""
+    """The facts about the run's newest adaptations, by `seq`: what a new owner of the run must know."""
     finished: bool = False
     """True when the head is already the final one (early stop or last epoch)."""
     warnings: tuple[str, ...] = ()
+    rewound_from: tuple[Digest, ...] = ()
+    """Damaged heads in whose place the run goes on from `head`."""
 
 
 class EpochRequest(Contract):
@@ -170,6 +181,8 @@ class ScoreRequest(Contract):
     history: tuple[LossPoint, ...] = ()
     """The losses of earlier epochs, oldest first."""
     adaptations: tuple[Adaptation, ...] = ()
+    """Those that the run's workflow keeps in mind; the older ones are counted in `forgotten`."""
+    forgotten: Forgotten = Forgotten()
     pinned: tuple[SiteName, ...] = ()
     in_flight: AdaptationId | None = None
 
@@ -251,6 +264,8 @@ class RecordRun(Contract):
 
     run_id: RunId
     config: EsperConfig
+    replaces: bool = False
+    """A run that is there takes this configuration over; else one with another is a conflict."""
 
 
 class OpenOrder(Contract):
@@ -266,6 +281,7 @@ class KnownRun(Contract):
 
     record: RunRecord
     adaptations: tuple[Adaptation, ...] = ()
+    forgotten: Forgotten = Forgotten()
     losses: tuple[LossPoint, ...] = ()
     report: EpochReport | None = None
     """The last one, when there is one."""
@@ -348,15 +364,20 @@ class RunStatus(Contract):
     task_queue: str | None
     lease_gen: Annotated[int, Field(ge=0)]
     pinned: tuple[SiteName, ...]
+    messages: MessageTally = MessageTally()
 
 
 class TrainingState(Contract):
     """What a `TrainingRun` carries over continue-as-new."""
 
     lease: Lease | None = None
+    lease_gen: Annotated[int, Field(ge=0)] = 0
+    """The highest that the run was ever given."""
     loaded: LoadedRun | None = None
     completed_epoch: Annotated[int, Field(ge=0)] = 0
     adaptations: tuple[Adaptation, ...] = ()
+    forgotten: Forgotten = Forgotten()
+    messages: MessageTally = MessageTally()
     deliveries: tuple[KernelDelivery, ...] = ()
     report: EpochReport | None = None
     """The last report: what the next decision is taken on."""
@@ -377,6 +398,12 @@ class TrainingRequest(Contract):
     run_id: RunId
     config: EsperConfig
     code: CodeLocation | None = None
+    accept_drift: bool = False
+    """Go on also with another configuration, model or data set than those of the head; it is recorded."""
+    replaces_config: bool = False
+    """`config` is another than the recorded one, whose place it takes (`resume --set`)."""
+    recovers_above: Annotated[int, Field(ge=0)] = 0
+    """Set by `recover` where the database was restored from an older copy: the highest lease of the lost time."""
     expected_head: Digest | None = None
     """Set by `resume` of an ended run: the head that it must go on from."""
     requested: RequestAdaptation | None = None

@@ -4,6 +4,8 @@ import os
 import secrets
 from pathlib import Path
 
+from esper.runtime.failpoints import hit
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Make `path` hold exactly `data`; what was there before stays until then. The folder must exist.
@@ -17,6 +19,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        hit("file.before_rename")
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -13,8 +13,6 @@ from esper.runtime.processes import kill_group
 
 FIRST_DELAY_S = 0.5
 LONGEST_DELAY_S = 15.0
-STEADY_S = 60.0
-"""A process that lived so long was not a failure to start."""
 
 
 class BackOff:
@@ -47,7 +45,6 @@ class Child:
     process: subprocess.Popen[bytes]
     identity: Identity
     output: Path
-    born: float
 
     @property
     def name(self) -> str:
@@ -59,9 +56,6 @@ class Child:
         if code is not None:
             kill_group(self.process.pid)
         return code
-
-    def steady(self) -> bool:
-        return time.monotonic() - self.born >= STEADY_S
 
 
 def start_child(
@@ -86,7 +80,7 @@ def start_child(
     if identity is None:
         process.wait()
         return None
-    return Child(tuple(roles), process, identity, output, time.monotonic())
+    return Child(tuple(roles), process, identity, output)
 
 
 def last_words(output: Path) -> str:

@@ -74,7 +74,16 @@ def load_config(
         layers.append(_read_source(source))
     variables, problems = _environment_layers(environment)
     layers += variables
-    layers += [_override(text) for text in overrides]
+    return _merged([*layers, *(_override(text) for text in overrides)], problems)
+
+
+def with_values(config: EsperConfig, overrides: Sequence[str]) -> EsperConfig:
+    """`config` with some keys changed, as `--set` writes them. Raises `ConfigurationError` (ESP-203..205)."""
+    own = read_document(dump_config(config).encode(), "the run's configuration")
+    return _merged([own, *(_override(text) for text in overrides)], [])
+
+
+def _merged(layers: Sequence[Document], problems: list[Problem]) -> EsperConfig:
     data: dict[str, JsonValue] = {}
     places: dict[KeyPath, Place] = {}
     for layer in layers:

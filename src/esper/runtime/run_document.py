@@ -5,6 +5,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from esper.contracts.orders import RunRecord
 from esper.errors import ConfigurationError
 from esper.runtime.configuration import check_output
 from esper.runtime.configuration import dump_config
+from esper.runtime.urza.ledger import Drift
+from esper.runtime.urza.ledger import Rewind
 
 ENDED = frozenset({Outcome.COMPLETED, Outcome.STOPPED, Outcome.FAILED})
 _FOLDER_HINT = "Name another folder with --output"
@@ -39,6 +42,8 @@ class RunView:
     decisions: tuple[AdaptationDecision, ...] = ()
     adaptations: tuple[Adaptation, ...] = ()
     facts: tuple[Fact, ...] = ()
+    rewinds: tuple[Rewind, ...] = ()
+    drifts: tuple[Drift, ...] = ()
 
     @property
     def ended(self) -> bool:
@@ -121,7 +126,8 @@ def seed_states(report: EpochReport) -> dict[str, int]:
 
 
 def history_document(view: RunView) -> dict[str, Any]:
-    """Every decision with its evidence, and what came of it: delivery, apply step and outcome."""
+    """Every decision with its evidence, and what came of it: delivery, apply step and outcome. Beside them where the
+    run went back from a damaged checkpoint, and where it went on with what was not as it had been."""
     by_epoch = {adaptation.epoch: adaptation for adaptation in view.adaptations}
     facts: dict[str, list[dict[str, Any]]] = {}
     for fact in view.facts:
@@ -135,7 +141,13 @@ def history_document(view: RunView) -> dict[str, Any]:
             entry["adaptation"] = ordered.model_dump(mode="json")
             entry["adaptation"]["facts"] = facts.get(ordered.adaptation_id, [])
         entries.append(entry)
-    return {"schema": 1, "run_id": view.record.run_id, "decisions": entries}
+    return {
+        "schema": 1,
+        "run_id": view.record.run_id,
+        "decisions": entries,
+        "rewinds": [asdict(rewind) for rewind in view.rewinds],
+        "drifts": [{"step": drift.step, "fields": dict(drift.fields)} for drift in view.drifts],
+    }
 
 
 def metrics_lines(view: RunView) -> str:

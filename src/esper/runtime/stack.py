@@ -66,13 +66,14 @@ def up(
 
     Raises:
         TemporalUnavailable: ESP-306 no server program.
-        UnavailableError: ESP-306 a process of the stack does not start; the stack is down again then.
+        UnavailableError: ESP-306 a process of the stack does not start; a stack that this call started is down then.
         DatabaseUnavailable: Urza's database cannot be opened or is newer than this code.
     """
     environment = os.environ if environment is None else environment
     command = list(worker_command) if worker_command is not None else [sys.executable, "-m", "esper.worker"]
     with _alone(home, progress):
-        if _living_supervisor(home) is None:
+        ours = _living_supervisor(home) is None
+        if ours:
             _stop_leftovers(home)
             program = obtain_server(environment, progress)
             progress(f"starting the local stack in {home}")
@@ -81,7 +82,9 @@ def up(
         try:
             return _wait_ready(home, progress, timeout_s)
         except UnavailableError:
-            _stop(home)
+            # One that ran before may serve runs all the same, and tries again by itself.
+            if ours:
+                _stop(home)
             raise
 
 

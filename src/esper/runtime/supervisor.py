@@ -178,12 +178,11 @@ class Supervisor:
                 await asyncio.sleep(_TICK_S)
                 continue
             self._client = client
+            self._server_back_off.succeeded()
             log.info("the Temporal server answers")
             return
 
     def _reap_workers(self, reports: Mapping[int, WorkerReport]) -> None:
-        if self._server is not None and self._server.steady():
-            self._server_back_off.succeeded()
         for worker in list(self._workers):
             pid = worker.identity.pid
             report = reports.get(pid)

@@ -7,6 +7,7 @@ or a vocabulary is written down once, in `esper.contracts.config`.
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,11 +18,13 @@ from pydantic_core import ErrorDetails
 from pydantic_core import to_json
 
 from esper.contracts.config import EsperConfig
+from esper.errors import BlueprintError
 from esper.errors import ConfigurationError
 from esper.errors import EsperError
 from esper.errors import by_code
 from esper.runtime.logs import redact
 from esper.runtime.tamiyo.policies import list_policies
+from esper.runtime.tezzeret.blueprints.registry import get_blueprint
 from esper.runtime.tezzeret.blueprints.registry import list_blueprints
 from esper.runtime.yaml_document import KeyPath
 from esper.runtime.yaml_document import Place
@@ -158,13 +161,22 @@ def _name_problems(data: Mapping[str, JsonValue], places: Mapping[KeyPath, Place
         (("tamiyo", "policy"), tamiyo.get("policy"), "policy", list(list_policies()))
     ]
     if isinstance(blueprints, list):
-        known = [blueprint.name for blueprint in list_blueprints()]
+        known = _known_blueprints(blueprints)
         named += [(("tamiyo", "blueprints", i), name, "blueprint", known) for i, name in enumerate(blueprints)]
     return [
         Problem("ESP-204", dotted(path), _place(path, places), f"there is no {kind} {_shown(name)}", near(name, known))
         for path, name, kind, known in named
         if isinstance(name, str) and name not in known
     ]
+
+
+def _known_blueprints(named: Sequence[JsonValue]) -> list[str]:
+    """All names that there are; what was submitted is asked for a name that nobody knows."""
+    for name in named:
+        if isinstance(name, str):
+            with suppress(BlueprintError):
+                get_blueprint(name)
+    return [blueprint.name for blueprint in list_blueprints()]
 
 
 def dotted(path: KeyPath) -> str:

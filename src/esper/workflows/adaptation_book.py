@@ -11,9 +11,11 @@ from esper.contracts.operational import Adaptation
 from esper.contracts.operational import AdaptationDecision
 from esper.contracts.operational import EpochReport
 from esper.contracts.operational import Fact
+from esper.contracts.operational import Forgotten
 from esper.contracts.operational import JudgeReport
 from esper.contracts.operational import KernelDelivery
 from esper.contracts.operational import ScheduledAdaptation
+from esper.runtime.remembering import remembered
 
 PENDING = frozenset({AdaptationState.ORDERED, AdaptationState.DELIVERED})
 """Ordered, and its outcome at the apply step not yet known."""
@@ -24,18 +26,40 @@ LIVE = frozenset({AdaptationState.TRAINING, AdaptationState.FOSSILIZED})
 _GRAFTED = frozenset({AdaptationState.TRAINING, AdaptationState.FOSSILIZED, AdaptationState.CULLED})
 _UNDECIDED = PENDING | {AdaptationState.TRAINING}
 
+_ENDED_FROM = {FactKind.REMOVE: LIVE, FactKind.QUARANTINE: _UNDECIDED}
+"""A person may also cull what was kept; a quarantine comes before the graft is made."""
+
 _VERDICTS = frozenset({FactKind.FOSSILIZE, FactKind.CULL})
 
 
 class AdaptationBook:
-    """Orders, deliveries and outcomes by adaptation id, in the order of decision."""
+    """Orders, deliveries and outcomes by adaptation id, in the order of decision; what ended long ago is forgotten."""
 
-    def __init__(self, adaptations: Iterable[Adaptation] = (), deliveries: Iterable[KernelDelivery] = ()) -> None:
+    def __init__(
+        self,
+        adaptations: Iterable[Adaptation] = (),
+        deliveries: Iterable[KernelDelivery] = (),
+        forgotten: Forgotten | None = None,
+    ) -> None:
+        self.forgotten = forgotten or Forgotten()
         self._adaptations = {adaptation.adaptation_id: adaptation for adaptation in adaptations}
         self._deliveries = {delivery.adaptation.adaptation_id: delivery for delivery in deliveries}
 
     def all(self) -> tuple[Adaptation, ...]:
         return tuple(self._adaptations.values())
+
+    def as_of(self, step: int) -> tuple[Adaptation, ...]:
+        """All, as a decision on a report of this step may see them: a verdict is taken beside that decision, and
+        which of both is faster must not count."""
+        return tuple(
+            adaptation.model_copy(update={"state": AdaptationState.TRAINING, "judge": None})
+            if adaptation.judge is not None
+            and adaptation.judge.verdict is not Verdict.VOID
+            and adaptation.judge_step is not None
+            and adaptation.judge_step >= step
+            else adaptation
+            for adaptation in self._adaptations.values()
+        )
 
     def deliveries(self) -> tuple[KernelDelivery, ...]:
         """The deliveries that no fact answers yet."""
@@ -73,7 +97,10 @@ class AdaptationBook:
             state=AdaptationState.ORDERED,
             reason=decision.reason,
         )
-        self._adaptations[adaptation.adaptation_id] = adaptation
+        # Here and nowhere else, so that what a decision sees does not depend on when a history ended.
+        kept, self.forgotten = remembered([*self._adaptations.values(), adaptation], self.forgotten)
+        self._adaptations = {each.adaptation_id: each for each in kept}
+        self._deliveries = {key: sent for key, sent in self._deliveries.items() if key in self._adaptations}
         return adaptation
 
     def deliver(self, delivery: KernelDelivery) -> Adaptation | None:
@@ -85,6 +112,11 @@ class AdaptationBook:
             return None
         self._deliveries[adaptation.adaptation_id] = delivery
         return self._change(adaptation, state=AdaptationState.DELIVERED, kernel=delivery.kernel)
+
+    def came_before(self, delivery: KernelDelivery) -> bool:
+        """Whether this kernel was taken in for the same adaptation once already."""
+        adaptation = self._adaptations.get(delivery.adaptation.adaptation_id)
+        return adaptation is not None and adaptation.kernel == delivery.kernel
 
     def fail(self, adaptation_id: str, state: AdaptationState, reason: str) -> Adaptation | None:
         """End a pending adaptation that will not be grafted; `None` when it is not pending."""
@@ -130,8 +162,7 @@ class AdaptationBook:
             )
         if fact.kind is FactKind.MISSED:
             return self.fail(fact.adaptation_id, state, fact.reason or adaptation.reason)
-        # A person may also cull what was kept.
-        if adaptation.state not in (LIVE if fact.kind is FactKind.REMOVE else {AdaptationState.TRAINING}):
+        if adaptation.state not in _ENDED_FROM.get(fact.kind, {AdaptationState.TRAINING}):
             return None
         if fact.kind in _VERDICTS and fact.apply_step == adaptation.judge_step and adaptation.judge is None:
             return None

@@ -49,6 +49,10 @@ def details(status: RunStatus, adaptations: tuple[Adaptation, ...]) -> str:
         ("trainer", status.task_queue or "none"),
         ("restarts", str(status.restarts)),
     ]
+    messages = status.messages
+    if messages.dead_letters or messages.stale or messages.repeated:
+        counts = f"{messages.dead_letters} unreadable, {messages.stale} stale, {messages.repeated} repeated"
+        rows.append(("messages put aside", "; ".join((counts, *messages.recent))))
     lines = ["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows)]
     if adaptations:
         lines += ["", "| adaptation | epoch | site | blueprint | step | state | why |", "|---|---|---|---|---|---|---|"]

@@ -1,6 +1,9 @@
 """The front desk of a run: what others may ask of it and what it shows. Handlers only write down."""
 
+from collections.abc import Sequence
+
 from temporalio import workflow
+from temporalio.common import RawValue
 from temporalio.exceptions import ApplicationError
 
 from esper.contracts.assets import Seed
@@ -21,6 +24,7 @@ from esper.contracts.messages import Veto
 from esper.contracts.operational import Adaptation
 from esper.contracts.orders import RunStatus
 from esper.contracts.orders import TrainingRequest
+from esper.workflows import letters
 from esper.workflows import presentation
 from esper.workflows.run_progress import RunProgress
 from esper.workflows.task_ring import TrainerLost
@@ -114,26 +118,41 @@ class RunDesk:
 
     # --- messages ---------------------------------------------------------------------------------------------
 
-    # Anybody may signal: one without a message, or with null for it, must not stop the workflow. (What is no message
-    # of that kind is dropped before it comes here.)
+    # Anybody may signal anything. What a handler cannot take would fail its workflow task again and again, so each
+    # takes whatever comes and reads it itself.
 
     @workflow.signal(description="a certified kernel lies in Urza")
-    def kernel_ready(self, message: Envelope[KernelReady] | None = None) -> None:
-        if message is not None:
-            self.note(self.progress.book.deliver(message.payload.delivery))
+    def kernel_ready(self, *sent: object) -> None:
+        message = letters.read(Envelope[KernelReady], sent)
+        if isinstance(message, str):
+            self._put_aside(f"kernel_ready: {message}")
+            return
+        self.note(self.progress.take_delivery(message.payload.delivery))
 
     @workflow.signal(description="there will be no kernel for an adaptation")
-    def kernel_failed(self, message: Envelope[KernelFailed] | None = None) -> None:
-        if message is not None:
-            self.give_up(message.payload.adaptation_id, AdaptationState.FAILED, message.payload.reason)
+    def kernel_failed(self, *sent: object) -> None:
+        message = letters.read(Envelope[KernelFailed], sent)
+        if isinstance(message, str):
+            self._put_aside(f"kernel_failed: {message}")
+            return
+        self.give_up(message.payload.adaptation_id, AdaptationState.FAILED, message.payload.reason)
 
     @workflow.signal(description="the process that served this queue is dead")
-    def trainer_lost(self, message: Envelope[TrainerLostMessage] | None = None) -> None:
-        if message is None or self.holder is None:
-            return
-        if self.holder.task_queue == message.payload.task_queue:
+    def trainer_lost(self, *sent: object) -> None:
+        message = letters.read(Envelope[TrainerLostMessage], sent)
+        if isinstance(message, str):
+            self._put_aside(f"trainer_lost: {message}")
+        elif self.holder is not None and self.holder.task_queue == message.payload.task_queue:
             self.lost = TrainerLost(message.payload.reason, silent=True)
             self.wake()
+
+    @workflow.signal(dynamic=True, description="anything else: counted, and put aside")
+    def unknown_signal(self, name: str, sent: Sequence[RawValue]) -> None:
+        self._put_aside(f"{name}: no such signal")
+
+    def _put_aside(self, what: str) -> None:
+        self.progress.put_aside(dead=True, what=what)
+        workflow.logger.warning("a message was put aside: %s", what)
 
     def _answer(self, text: str, adaptation_id: str | None = None) -> Answer:
         self.wake()

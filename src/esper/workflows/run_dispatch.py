@@ -11,6 +11,7 @@ from esper.contracts.assets import ArtifactRef
 from esper.contracts.assets import SiteContract
 from esper.contracts.enums import AdaptationState
 from esper.contracts.enums import DecisionKind
+from esper.contracts.enums import DeliveryMode
 from esper.contracts.enums import FactKind
 from esper.contracts.operational import Adaptation
 from esper.contracts.operational import AdaptationDecision
@@ -28,10 +29,13 @@ from esper.contracts.orders import JudgeRequest
 from esper.contracts.orders import Lease
 from esper.contracts.orders import LoadedRun
 from esper.contracts.orders import RecordAdaptation
+from esper.contracts.orders import RecordDecision
 from esper.contracts.orders import RemoveRequest
 from esper.contracts.orders import ScoreRequest
 from esper.runtime.temporal import queues
 from esper.runtime.temporal.failures import from_failure
+from esper.runtime.temporal.options import DECISION_ATTEMPTS
+from esper.runtime.temporal.options import DECISION_LIMIT
 from esper.runtime.temporal.options import INSTALL_ATTEMPTS
 from esper.workflows import presentation
 from esper.workflows.adaptation_book import scheduled
@@ -39,6 +43,12 @@ from esper.workflows.ordering import order
 from esper.workflows.run_desk import RunDesk
 from esper.workflows.task_ring import TaskRing
 from esper.workflows.task_ring import trainer_loss
+
+_AFTER_VERDICT = "decide-after-verdict"
+"""Runs from before this patch may decide while a verdict on an older step is still to come."""
+
+_RECORD_UNDECIDED = "record-undecided"
+"""Runs from before this patch do not record a decision whose child failed."""
 
 
 class Dispatcher:
@@ -196,6 +206,8 @@ class Dispatcher:
                 await self._abandon(lease, adaptation, str(from_failure(failure)))
                 return
             state = AdaptationState.STALE if result.fact is None else AdaptationState.MISSED
+            if not result.accepted and result.fact is None:
+                self._desk.progress.put_aside(dead=False, what=f"{adaptation.adaptation_id}: {result.reason}")
             self._settle(result, state, result.reason)
             return
 
@@ -221,7 +233,16 @@ class Dispatcher:
         progress = self._desk.progress
         if progress.undecided and "decide" not in self.control:
             epoch = min(progress.undecided)
+            if self._lacks_verdict(progress.undecided[epoch]) and workflow.patched(_AFTER_VERDICT):
+                return
             self.control.start("decide", self._decide(progress.undecided[epoch], loaded.steps_per_epoch))
+
+    def _lacks_verdict(self, report: EpochReport) -> bool:
+        """Whether the verdict on a graft that ended before this report is still to come: after a reset the reports
+        come from the records, faster than it."""
+        progress = self._desk.progress
+        scheduled_mode = progress.config.delivery.mode is DeliveryMode.SCHEDULED
+        return scheduled_mode and progress.book.to_judge(report.step - 1) is not None
 
     async def _decide(self, report: EpochReport, steps_per_epoch: int) -> None:
         progress, config = self._desk.progress, self._desk.progress.config
@@ -236,7 +257,12 @@ class Dispatcher:
                 hold_window_steps=progress.hold_window_steps(steps_per_epoch),
                 report=report,
                 history=tuple(point for point in progress.losses if point.epoch < report.epoch),
-                adaptations=progress.book.all(),
+                adaptations=(
+                    progress.book.as_of(report.step)
+                    if config.delivery.mode is DeliveryMode.SCHEDULED
+                    else progress.book.all()
+                ),
+                forgotten=progress.book.forgotten,
                 pinned=tuple(progress.pinned),
                 in_flight=progress.book.in_flight(report, config.delivery.mode),
             ),
@@ -252,20 +278,47 @@ class Dispatcher:
 
     async def _decision_of(self, request: DecisionRequest) -> AdaptationDecision | None:
         epoch = request.score.report.epoch
-        try:
-            decision: AdaptationDecision = await workflow.execute_child_workflow(
-                "TamiyoDecision",
-                request,
-                id=f"{self._desk.progress.run_id}/tamiyo/{epoch}",
-                task_queue=queues.ORCHESTRATION,
-                result_type=AdaptationDecision,
-                static_summary=f"decide after epoch {epoch}",
-            )
-            return decision
-        except (ChildWorkflowError, WorkflowAlreadyStartedError) as failure:
-            # Also when a person cancels or terminates it: training is never failed by the control plane.
-            workflow.logger.warning("no decision on epoch %d: %s", epoch, failure.cause or failure)
-            return None
+        for attempt in range(DECISION_ATTEMPTS):
+            try:
+                decision: AdaptationDecision = await workflow.execute_child_workflow(
+                    "TamiyoDecision",
+                    request,
+                    id=f"{self._desk.progress.run_id}/tamiyo/{epoch}",
+                    task_queue=queues.ORCHESTRATION,
+                    result_type=AdaptationDecision,
+                    execution_timeout=DECISION_LIMIT,
+                    static_summary=f"decide after epoch {epoch}",
+                )
+                return decision
+            except (ChildWorkflowError, WorkflowAlreadyStartedError) as failure:
+                # Also when a person cancels or terminates it: training is never failed by the control plane.
+                reason = str(failure.cause or failure)
+                workflow.logger.warning("no decision on epoch %d: %s", epoch, reason)
+                if not workflow.patched(_RECORD_UNDECIDED):
+                    return None
+                if isinstance(failure, ChildWorkflowError):
+                    break
+                # That of an earlier life of this run (a reset) has not ended yet.
+                await workflow.sleep(2**attempt)
+        return await self._record_undecided(epoch, f"no decision could be had: {reason}")
+
+    async def _record_undecided(self, epoch: int, reason: str) -> AdaptationDecision:
+        """Nobody decided on this epoch, so nothing grows, and the records say why. What was recorded before rules."""
+        progress = self._desk.progress
+        decision = AdaptationDecision(
+            run_id=progress.run_id,
+            epoch=epoch,
+            policy=progress.config.tamiyo.policy,
+            kind=DecisionKind.WAIT,
+            code="failed",
+            reason=reason,
+        )
+        return await order(
+            names.RECORD_DECISION,
+            RecordDecision(urza=progress.config.urza, decision=decision),
+            task_queue=queues.ORCHESTRATION,
+            summary=f"wait (failed) after epoch {epoch}",
+        )
 
     async def _germinate(self, decision: AdaptationDecision, report: EpochReport) -> None:
         progress = self._desk.progress

@@ -6,7 +6,9 @@ from esper.contracts.enums import Outcome
 from esper.contracts.messages import RequestAdaptation
 from esper.contracts.operational import Adaptation
 from esper.contracts.operational import EpochReport
+from esper.contracts.operational import KernelDelivery
 from esper.contracts.operational import LossPoint
+from esper.contracts.operational import MessageTally
 from esper.contracts.orders import KnownRun
 from esper.contracts.orders import Lease
 from esper.contracts.orders import LoadedRun
@@ -14,10 +16,11 @@ from esper.contracts.orders import OpenOrder
 from esper.contracts.orders import RunStatus
 from esper.contracts.orders import TrainingRequest
 from esper.contracts.orders import TrainingState
+from esper.runtime.remembering import KEPT_LOSSES
 from esper.workflows.adaptation_book import AdaptationBook
 
-KEPT_LOSSES = 64
-"""Epochs of losses that a policy gets to see and that travel over continue-as-new."""
+_KEPT_WORDS = 5
+_LONGEST_WORDS = 160
 
 
 class RunProgress:
@@ -29,9 +32,12 @@ class RunProgress:
         self.config = request.config
         self.run_id = request.run_id
         self.lease: Lease | None = state.lease
+        self.lease_gen = max(state.lease_gen, state.lease.lease_gen if state.lease is not None else 0)
+        """The highest that the run was ever given: a database below it is older than the run."""
         self.loaded: LoadedRun | None = state.loaded
         self.completed_epoch = state.completed_epoch
-        self.book = AdaptationBook(state.adaptations, state.deliveries)
+        self.book = AdaptationBook(state.adaptations, state.deliveries, state.forgotten)
+        self.messages = state.messages
         self.report: EpochReport | None = state.report
         self.losses: list[LossPoint] = list(state.losses)
         self.undecided: dict[int, EpochReport] = {}
@@ -50,10 +56,13 @@ class RunProgress:
         """For continue-as-new: nothing is in flight when this is called."""
         return TrainingState(
             lease=self.lease,
+            lease_gen=self.lease_gen,
             # The facts are in the book by now; a new owner of the run reads them anew.
             loaded=self.loaded.model_copy(update={"facts": ()}) if self.loaded is not None else None,
             completed_epoch=self.completed_epoch,
             adaptations=self.book.all(),
+            forgotten=self.book.forgotten,
+            messages=self.messages,
             deliveries=self.book.deliveries(),
             report=self.report,
             losses=tuple(self.losses),
@@ -68,7 +77,8 @@ class RunProgress:
 
     def adopt(self, known: KnownRun) -> None:
         """Take over what Urza remembers of a run that goes on after it had ended."""
-        self.book = AdaptationBook(_reopened(adaptation) for adaptation in known.adaptations)
+        reopened = (_reopened(adaptation) for adaptation in known.adaptations)
+        self.book = AdaptationBook(reopened, forgotten=known.forgotten)
         self.open_orders = known.open_orders
         self.losses = list(known.losses)[-KEPT_LOSSES:]
         self.decisions = known.decisions
@@ -77,6 +87,35 @@ class RunProgress:
         if known.report is not None and known.report.epoch > known.decided_epoch and self.decides(known.report):
             self.undecided[known.report.epoch] = known.report
 
+    def take_delivery(self, delivery: KernelDelivery) -> Adaptation | None:
+        """Take a kernel in, or count what else it is: come before, or for something that is over."""
+        repeated = self.book.came_before(delivery)
+        taken = self.book.deliver(delivery)
+        if taken is not None:
+            return taken
+        if repeated:
+            self.messages = self.messages.model_copy(update={"repeated": self.messages.repeated + 1})
+        else:
+            self.put_aside(dead=False, what=f"a kernel for {delivery.adaptation.adaptation_id}: {self._why(delivery)}")
+        return None
+
+    def _why(self, delivery: KernelDelivery) -> str:
+        adaptation = self.book.get(delivery.adaptation.adaptation_id)
+        if adaptation is None:
+            return "not ordered, or over long ago"
+        return "ordered otherwise" if adaptation.state is AdaptationState.ORDERED else f"it is {adaptation.state.value}"
+
+    def put_aside(self, *, dead: bool, what: str) -> None:
+        """Count a message that changes nothing and should have: unreadable (`dead`), or for something that is over."""
+        tally = self.messages
+        self.messages = tally.model_copy(
+            update={
+                "dead_letters": tally.dead_letters + dead,
+                "stale": tally.stale + (not dead),
+                "recent": (*tally.recent, what[:_LONGEST_WORDS])[-_KEPT_WORDS:],
+            }
+        )
+
     def take_lease(self, lease: Lease, loaded: LoadedRun) -> list[Adaptation]:
         """A trainer has the run in memory; whatever was ordered of its predecessor is void.
 
@@ -84,7 +123,7 @@ class RunProgress:
         """
         if self.loaded is not None and loaded.step > self.loaded.step:
             self.losses_in_a_row = 0
-        self.lease = lease
+        self.lease, self.lease_gen = lease, max(self.lease_gen, lease.lease_gen)
         self.loaded = loaded
         self.completed_epoch = max(self.completed_epoch, self.report.epoch if self.report else 0)
         if loaded.epoch < self.completed_epoch or self.report is None:
@@ -194,9 +233,20 @@ class RunProgress:
             decisions=self.decisions,
             restarts=self.restarts,
             task_queue=self.lease.task_queue if self.lease is not None else None,
-            lease_gen=self.lease.lease_gen if self.lease is not None else 0,
+            lease_gen=self.lease_gen,
             pinned=tuple(self.pinned),
+            messages=self.messages,
         )
+
+
+def told(messages: MessageTally) -> tuple[str, ...]:
+    """The tally as warnings for the run's record: nothing about what had merely come before."""
+    warnings = []
+    if messages.dead_letters:
+        warnings.append(f"{messages.dead_letters} message(s) could not be read and were put aside")
+    if messages.stale:
+        warnings.append(f"{messages.stale} kernel(s) came for something that was over, and were not used")
+    return tuple(warnings)
 
 
 def _reopened(adaptation: Adaptation) -> Adaptation:

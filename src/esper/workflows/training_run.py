@@ -31,11 +31,15 @@ from esper.runtime.temporal.options import STOP_PATIENCE
 from esper.workflows.ordering import order
 from esper.workflows.run_desk import RunDesk
 from esper.workflows.run_dispatch import Dispatcher
+from esper.workflows.run_progress import told
 from esper.workflows.task_ring import TrainerLost
 from esper.workflows.task_ring import trainer_loss
 
 ArgumentT = TypeVar("ArgumentT")
 ResultT = TypeVar("ResultT")
+
+_CLAIM_AFTER_RESET = "claim-after-reset"
+"""Runs that were reset before this patch went on under the lease of the older history."""
 
 _CONTINUE = "continue"
 _LONGEST_WAIT_S = 30
@@ -50,6 +54,22 @@ class TrainingRun(RunDesk):
         super().__init__(request)
         self._work = Dispatcher(self)
         self._former_queue: str | None = None
+        self._was_reset = False
+        # The one sign of a `workflow reset` that a workflow gets.
+        workflow.register_random_seed_callback(self._after_reset)
+
+    def _after_reset(self, seed: int) -> None:
+        # No call into the SDK is allowed here.
+        self._was_reset = True
+        self.wake()
+
+    def _notice_reset(self) -> None:
+        """Claim anew after a reset: who held the trainer in the older history may be gone, and the server (1.31)
+        forgets the time-outs of what was under way there, so that nothing else would ever tell."""
+        if self._was_reset:
+            self._was_reset = False
+            if self.holder is not None and workflow.patched(_CLAIM_AFTER_RESET):
+                self.lost = TrainerLost("the workflow was reset", drained=True)
 
     @workflow.run
     async def run(self, request: TrainingRequest) -> RunRecord:
@@ -74,7 +94,8 @@ class TrainingRun(RunDesk):
         """The record of the run at its end; `None` when its history is long enough to continue as new."""
         progress = self.progress
         if progress.request.state is None:
-            record = RecordRun(run_id=progress.run_id, config=progress.config)
+            replaces = progress.request.replaces_config
+            record = RecordRun(run_id=progress.run_id, config=progress.config, replaces=replaces)
             try:
                 known = await order(names.RECORD_RUN, record, task_queue=queues.ORCHESTRATION, summary="record the run")
             except ActivityError as failure:
@@ -109,14 +130,21 @@ class TrainingRun(RunDesk):
         self.holder = await self._claim()
         if self.holder is None:
             return False
+        progress.lease_gen = max(progress.lease_gen, self.holder.lease_gen)
         self.enter("loading")
         loaded = await self._ask(
             names.LOAD_RUN,
-            LoadRequest(lease=self.holder, config=progress.config, code=progress.request.code),
+            LoadRequest(
+                lease=self.holder,
+                config=progress.config,
+                code=progress.request.code,
+                accept_drift=progress.request.accept_drift,
+            ),
             summary=f"load on {self.holder.task_queue}",
         )
         expected = progress.request.expected_head
-        if progress.loaded is None and expected is not None and loaded.head.digest != expected:
+        stands_for = (loaded.head.digest, *loaded.rewound_from)
+        if progress.loaded is None and expected is not None and expected not in stands_for:
             raise to_failure(
                 RunConflict(
                     "ESP-502",
@@ -136,7 +164,13 @@ class TrainingRun(RunDesk):
     async def _claim(self) -> Lease | None:
         """Wait for a trainer; once the run is to stop, no longer than it takes to start one."""
         progress = self.progress
-        claim = ClaimRequest(run_id=progress.run_id, urza=progress.config.urza)
+        lost = progress.request.recovers_above
+        claim = ClaimRequest(
+            run_id=progress.run_id,
+            urza=progress.config.urza,
+            known_lease_gen=max(progress.lease_gen, lost),
+            recovers=progress.lease_gen < lost,
+        )
         lease = await self._reclaim(claim)
         if lease is not None:
             return lease
@@ -178,7 +212,8 @@ class TrainingRun(RunDesk):
         )
         # What becomes of it after that news is of no interest.
         asked.add_done_callback(lambda task: None if task.cancelled() else task.exception())
-        await workflow.wait_condition(lambda: asked.done() or self.lost is not None)
+        await workflow.wait_condition(lambda: asked.done() or self.lost is not None or self._was_reset)
+        self._notice_reset()
         if self.lost is not None and not asked.done():
             raise self.lost
         return await asked
@@ -225,6 +260,7 @@ class TrainingRun(RunDesk):
             await self.something_happened()
 
     def _raise_failures(self) -> None:
+        self._notice_reset()
         if self.lost is not None:
             raise self.lost
         for ring in (self._work.pinned, self._work.control):
@@ -262,16 +298,21 @@ class TrainingRun(RunDesk):
         self, outcome: Outcome, finished: FinishedRun | None = None, failure: dict[str, object] | None = None
     ) -> RunRecord:
         progress = self.progress
+        loaded = progress.loaded
+        warnings = () if loaded is None else loaded.warnings
+        if outcome not in (Outcome.RUNNING, Outcome.PAUSED):
+            warnings += told(progress.messages)
         record = await order(
             names.RECORD_OUTCOME,
             RecordOutcome(
                 run_id=progress.run_id,
                 urza=progress.config.urza,
                 outcome=outcome,
-                loaded=progress.loaded,
+                # Urza has the facts already.
+                loaded=None if loaded is None else loaded.model_copy(update={"facts": ()}),
                 finished=finished,
                 restarts=progress.restarts,
-                warnings=progress.loaded.warnings if progress.loaded is not None else (),
+                warnings=warnings,
                 failure=failure,  # type: ignore[arg-type]
             ),
             task_queue=queues.ORCHESTRATION,

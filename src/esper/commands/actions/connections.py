@@ -16,6 +16,8 @@ from temporalio.api.taskqueue.v1 import TaskQueue
 from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
 from temporalio.client import Client
 from temporalio.client import WorkflowExecutionStatus
+from temporalio.client import WorkflowQueryFailedError
+from temporalio.client import WorkflowQueryRejectedError
 from temporalio.client import WorkflowUpdateFailedError
 from temporalio.client import WorkflowUpdateRPCTimeoutOrCancelledError
 from temporalio.exceptions import ApplicationError
@@ -28,6 +30,7 @@ from esper.contracts.config import UrzaConfig
 from esper.contracts.messages import Answer
 from esper.contracts.messages import Envelope
 from esper.contracts.messages import Payload
+from esper.contracts.orders import RunStatus
 from esper.errors import ConfigurationError
 from esper.errors import EsperError
 from esper.errors import RunConflict
@@ -50,7 +53,11 @@ from esper.runtime.temporal.client import find_address
 from esper.runtime.temporal.client import uses_local_stack
 from esper.runtime.temporal.failures import from_failure
 from esper.runtime.temporal.server import SEARCH_ATTRIBUTES
+from esper.runtime.tolaria.data.installed import target_refused
 from esper.runtime.urza import migration
+from esper.runtime.urza.engine import describe
+from esper.runtime.urza.engine import has_password
+from esper.runtime.urza.engine import parse_url
 from esper.runtime.urza.engine import resolve_database
 from esper.runtime.urza.library import Library
 from esper.runtime.urza.locations import open_store
@@ -59,6 +66,8 @@ from esper.runtime.urza.objects import ObjectStore
 Progress = Callable[[str], None]
 
 _PLACES = ("ESPER_URZA_", "ESPER_TEMPORAL_ADDRESS", "ESPER_TEMPORAL_NAMESPACE")
+
+QUERY_TIMEOUT = timedelta(seconds=20)
 
 UPDATE_TIMEOUT = timedelta(seconds=60)
 """How long a person waits for a run to answer."""
@@ -86,9 +95,17 @@ def read_configuration(quick_start: str | None, config: str | None, values: list
 
 
 def _anchored(urza: UrzaConfig) -> UrzaConfig:
-    """The same with absolute paths: the workers of a run have another current folder. Raises ESP-331."""
+    """The same with absolute paths: the workers of a run have another current folder. Raises ESP-331, and ESP-204 for
+    a password: what a run is configured with stands in its history, in Urza and in its output folder."""
     database, objects = urza.database, urza.objects
     if database != "default":
+        url = parse_url(database, home() / "urza.db")
+        if has_password(url):
+            raise ConfigurationError(
+                "ESP-204",
+                f"urza.database {describe(url)!r}: the password would be kept in the history of every run",
+                hint="Leave it out of the URL, and give it to every worker as PGPASSWORD or in ~/.pgpass",
+            )
         database = resolve_database(database, home())
     if objects != "default" and objects.strip() and "://" not in objects:
         objects = str(Path(objects).expanduser().absolute())
@@ -153,9 +170,14 @@ def is_local(config: EsperConfig) -> bool:
 
 
 def check_remote(config: EsperConfig) -> None:
-    """A server on another host cannot reach a database on this one. Raises `ConfigurationError` (ESP-204)."""
+    """A server on another host cannot reach a database on this one, nor its workers the person's own modules.
+
+    Raises `ConfigurationError` (ESP-204), `TargetError` (ESP-310).
+    """
     if is_local(config) or find_address(config.temporal, home(), os.environ).loopback:
         return
+    if config.task.target is not None:
+        raise target_refused(config.task.target)
     for name in ("database", "objects"):
         if getattr(config.urza, name) == "default":
             raise ConfigurationError(
@@ -222,6 +244,16 @@ async def _status(connected: Client, run_id: str) -> WorkflowExecutionStatus | N
             return None
         raise _unavailable(connected, error) from error
     return description.status
+
+
+async def leases_given(connected: Client, run_id: str) -> int:
+    """The highest lease that the run's newest workflow was given, by its own word; 0 when nobody can say it."""
+    handle = connected.get_workflow_handle(run_id)
+    try:
+        status: RunStatus = await handle.query("status", result_type=RunStatus, rpc_timeout=QUERY_TIMEOUT)
+    except (WorkflowQueryFailedError, WorkflowQueryRejectedError, RPCError):
+        return 0
+    return status.lease_gen
 
 
 async def no_worker(connected: Client, run_id: str, waited: float) -> EsperError:

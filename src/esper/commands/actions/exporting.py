@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from esper.commands.actions import connections
+from esper.commands.actions.own_code import reach_own_code
 from esper.commands.actions.records import look
 from esper.commands.actions.records import output_files
 from esper.commands.actions.records import require
@@ -69,6 +70,7 @@ def export(run_id: str, folder: str | None, form: str | None, *, verify: bool) -
     (exit 4) when the check fails, and the errors of the run's own task.
     """
     chosen = _format("safetensors" if form is None and verify else form)
+    reach_own_code()
     named = folder or f"results/{run_id}" + (f"-{chosen}" if chosen else "")
     if chosen is not None and verify and (Path(named).expanduser() / manifest_name(chosen)).exists():
         return _check_again(run_id, named, chosen)

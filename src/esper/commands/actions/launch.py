@@ -44,6 +44,7 @@ from esper.runtime.run_document import check_output_folder
 from esper.runtime.run_document import document_json
 from esper.runtime.run_document import write_output_folder
 from esper.runtime.temporal import queues
+from esper.runtime.tolaria.data.installed import installed_tasks
 from esper.runtime.tolaria.data.targets import no_such_module
 from esper.runtime.tolaria.data.targets import refuse_standard
 from esper.runtime.urza.branches import Branch
@@ -72,6 +73,7 @@ class Prepared:
     branch: Branch | None = None
     """The past of a run that branches off another: entered before its workflow is started."""
     requested: RequestAdaptation | None = None
+    accept_drift: bool = False
 
 
 def prepare(
@@ -146,18 +148,19 @@ def check_on_this_machine(config: EsperConfig) -> None:
 
 
 def check_task_name(name: str) -> None:
-    """Every packaged task has a quick start, so their names are known without loading one.
+    """Every packaged task has a quick start and every installed one an entry point, so no task is loaded for its name.
 
     Raises `ConfigurationError` (ESP-206).
     """
-    known = sorted(
-        {load_config(None, quick_start=start, environment={}).task.name or "" for start in list_quick_starts()}
-    )
+    packaged = {load_config(None, quick_start=start, environment={}).task.name or "" for start in list_quick_starts()}
+    known = sorted(packaged | set(installed_tasks()))
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         guess = f"Did you mean {near[0]}? " if near else ""
         raise ConfigurationError(
-            "ESP-206", f"task.name: there is no packaged task {name!r}", hint=f"{guess}Packaged are: {', '.join(known)}"
+            "ESP-206",
+            f"task.name: there is no packaged or installed task {name!r}",
+            hint=f"{guess}Known are: {', '.join(known)}",
         )
 
 
@@ -216,7 +219,11 @@ async def _start(prepared: Prepared, stack: ExitStack, begun: asyncio.Event, *, 
         if prepared.branch is not None:
             await library.enter_branch(prepared.branch, datetime.now(UTC).isoformat(timespec="seconds"))
         request = TrainingRequest(
-            run_id=run_id, config=prepared.config, code=prepared.code, requested=prepared.requested
+            run_id=run_id,
+            config=prepared.config,
+            code=prepared.code,
+            requested=prepared.requested,
+            accept_drift=prepared.accept_drift,
         )
         lineage = None if prepared.branch is None else prepared.branch.lineage
         await start_workflow(client, request, WorkflowIDReusePolicy.REJECT_DUPLICATE, lineage)

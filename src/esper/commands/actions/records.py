@@ -65,6 +65,8 @@ async def look(library: Library, run_id: str, before: RunView | None) -> RunView
         decisions=await library.decisions(run_id),
         adaptations=await library.adaptations(run_id),
         facts=await library.facts(run_id),
+        rewinds=await library.rewinds(run_id),
+        drifts=await library.drifts(run_id),
     )
 
 

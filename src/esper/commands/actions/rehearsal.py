@@ -6,6 +6,7 @@ import torch
 
 from esper.commands import output
 from esper.commands.actions.launch import Prepared
+from esper.commands.actions.own_code import reach_own_code
 from esper.contracts.operational import LayerGraph
 from esper.runtime.configuration import dump_config
 from esper.runtime.kasmina.lineage import layer_graph
@@ -22,6 +23,7 @@ from esper.runtime.tolaria.tasks import load_task
 
 def rehearse(prepared: Prepared, *, as_json: bool) -> int:
     """Print the resolved configuration, the sites and what training and growing would cost."""
+    reach_own_code()
     document = rehearsal(prepared)
     if as_json:
         output.write_json(document)

@@ -57,6 +57,9 @@ def write_reports(reports: list[ReplayReport], *, as_json: bool) -> int:
         for report in reports:
             found = "clean" if report.clean else f"diverges at event {report.event_id or '?'}"
             output.write(f"{report.workflow_id}  {report.workflow_type}  {report.events} events  {found}")
+            if report.recorded is not None:
+                output.write(f"  the history has: {report.recorded}")
+                output.write(f"  the code orders: {report.ordered}")
     first = next((report for report in reports if not report.clean), None)
     if first is not None:
         raise DivergenceError(
@@ -105,4 +108,6 @@ def _form(report: ReplayReport) -> dict[str, Any]:
         "clean": report.clean,
         "event_id": report.event_id,
         "message": report.message,
+        "recorded": report.recorded,
+        "ordered": report.ordered,
     }

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from esper.commands import output
 from esper.commands.actions import connections
 from esper.commands.actions import records
+from esper.commands.actions.own_code import reach_own_code
 from esper.contracts.orders import RunRecord
 from esper.errors import DivergenceError
 from esper.errors import RunConflict
@@ -21,7 +22,8 @@ def reproduce_run(run_id: str, *, as_json: bool) -> int:
     Raises `NotFoundError` (ESP-505), `RunConflict` (ESP-504) for a run that has trained nothing yet, and what a
     trainer raises where task, data or kernels are not what they were.
     """
-    record, recorded = asyncio.run(_recorded(run_id))
+    record, recorded = asyncio.run(recorded_run(run_id))
+    reach_own_code()
     told = -1
 
     def tick(progress: Progress) -> None:
@@ -53,12 +55,15 @@ def _problems(outcome: Reproduction, expected: str | None) -> list[str]:
     return problems
 
 
-async def _recorded(run_id: str) -> tuple[RunRecord, RecordedRun]:
+async def recorded_run(run_id: str) -> tuple[RunRecord, RecordedRun]:
+    """The run with all that its training follows from. Raises `NotFoundError` (ESP-505), `RunConflict` (ESP-504) for
+    one that has trained nothing yet."""
     async with connections.library() as library:
         known = records.require(library, run_id)
         record = await known.run(run_id)
         heads = [(item.head, item.manifest) for item in await known.heads(run_id)]
         facts = await known.facts(run_id)
+        drifts = await known.drifts(run_id)
     if not any(head.step for head, _ in heads):
         raise RunConflict("ESP-504", f"run {run_id} has not trained yet: there is nothing to reproduce", run_id=run_id)
     store = connections.store(record.config.urza)
@@ -66,7 +71,12 @@ async def _recorded(run_id: str) -> tuple[RunRecord, RecordedRun]:
     threads = record.config.run.model_copy(update={"threads": record.threads or record.config.run.threads})
     config = record.config.model_copy(update={"run": threads})
     start = next((each for each in heads if each[0].parent is None), None) if record.lineage is not None else None
-    return record, RecordedRun(run_id=run_id, config=config, facts=facts, heads=heads, get=store.get, start=start)
+    if drifts:
+        # With what was accepted there, nothing that came before comes out again: from there on it does.
+        start = next((each for each in heads if each[0].step == drifts[-1].step), start)
+    return record, RecordedRun(
+        run_id=run_id, config=config, facts=facts, heads=heads, get=store.get, start=start, drifted=bool(drifts)
+    )
 
 
 def _write(outcome: Reproduction, expected: str | None, *, clean: bool, as_json: bool) -> None:

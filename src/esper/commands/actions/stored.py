@@ -1,18 +1,26 @@
-"""Reading kernels: from Urza's tables, and their bytes from the store."""
+"""Kernels and submitted blueprints: from Urza's tables, and the bytes of kernels from the store."""
 
 import asyncio
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from esper.commands.actions import connections
+from esper.contracts.assets import Blueprint
 from esper.contracts.assets import Certificate
 from esper.contracts.assets import Kernel
+from esper.errors import ConfigurationError
 from esper.errors import EsperError
 from esper.errors import IntegrityError
 from esper.errors import NotFoundError
 from esper.errors import UsageError
+from esper.runtime.tezzeret.blueprints.documents import parse_document
+from esper.runtime.tezzeret.blueprints.registry import list_blueprints
+from esper.runtime.tezzeret.ir import MAX_JSON_BYTES
 from esper.runtime.urza.library import Library
 from esper.runtime.urza.objects import ObjectStore
+from esper.runtime.urza.submitted import submitted_blueprints
 
 ALL = 1_000_000_000
 """As many kernels as there are."""
@@ -72,6 +80,27 @@ def raise_damage(results: list[Verified]) -> None:
         first, others = damaged[0], len(damaged) - 1
         more = f" ({others} more damaged)" if others else ""
         raise type(first)(first.code, f"{first.message}{more}", hint=first.hint)
+
+
+def submitted() -> tuple[Blueprint, ...]:
+    """What was submitted to the database of the environment, of each name the newest first."""
+    return submitted_blueprints(connections.database_url(None), default_file=connections.home() / "urza.db")
+
+
+async def submit(file: str) -> Blueprint:
+    """Read, check and store a blueprint. Raises `ConfigurationError` (ESP-201), `BlueprintError` (ESP-410..423),
+    `DatabaseUnavailable`, `ConflictError` (ESP-504: that version has other content)."""
+    try:
+        # One byte more than may be: what is too large is said by the reader, and never read to its end.
+        with sys.stdin.buffer if file == "-" else Path(file).expanduser().open("rb") as stream:
+            data = stream.read(MAX_JSON_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ConfigurationError("ESP-201", f"blueprint {file!r} cannot be read: {reason}") from None
+    list_blueprints()
+    blueprint = parse_document(data)
+    async with connections.opened_library(connections.settings().urza) as library:
+        return await library.submit_blueprint(blueprint)
 
 
 def flat(document: dict[str, Any], prefix: str = "") -> list[tuple[str, object]]:

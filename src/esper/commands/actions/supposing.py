@@ -12,7 +12,7 @@ from esper.contracts.operational import AdaptationDecision
 from esper.errors import ConfigurationError
 from esper.errors import NotFoundError
 from esper.runtime.tamiyo.by_hand import wait_by_hand
-from esper.runtime.temporal.what_if import Command
+from esper.runtime.temporal.commanded import Command
 from esper.runtime.temporal.what_if import Difference
 from esper.runtime.temporal.what_if import RecordedDecision
 from esper.runtime.temporal.what_if import first_difference

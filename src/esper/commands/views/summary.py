@@ -49,6 +49,7 @@ def write_summary(view: RunView, document: RunDocument) -> None:
         ("decisions", f"{document.decisions}, {document.missed} missed"),
         ("stall", f"{document.stall_s:g} s"),
         ("restarts", document.restarts),
+        ("divergences", document.divergences or None),
         ("digest", document.digest),
         ("web UI", document.web_ui),
         ("output", document.output),
@@ -116,6 +117,23 @@ def write_history(document: Mapping[str, Any]) -> None:
                 chosen = all(alternative[name] == decision[name] for name in ("site", "blueprint"))
                 output.write(f"          {'*' if chosen else ' '} {_alternative(alternative)}")
             output.write(f"          {_outcome(decision['adaptation'])}")
+    for rewind in document["rewinds"]:
+        output.write(
+            f"rewind      lease {rewind['lease_gen']}: {rewind['from_head'][:19]} back to {rewind['to_head'][:19]}  "
+            f"{rewind['reason']}"
+        )
+    for drift in document["drifts"]:
+        fields = "; ".join(f"{name} was {was}, is {now}" for name, (was, now) in drift["fields"].items())
+        output.write(f"drift       from step {drift['step']} on: {fields}")
+
+
+def write_chronicle(workflow: Mapping[str, Any]) -> None:
+    """What the run's workflow tells: one line a happening, in the order of its executions."""
+    for happening in workflow["events"]:
+        time = happening["time"][:19].replace("T", " ")
+        output.write(f"{time}  {happening['kind']:<9} {happening['text']}")
+    if workflow["missing"] is not None:
+        output.say(f"note: {workflow['missing']}")
 
 
 def _alternative(alternative: Mapping[str, Any]) -> str:

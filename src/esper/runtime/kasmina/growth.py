@@ -14,7 +14,6 @@ import hashlib
 from dataclasses import dataclass
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from esper.contracts.assets import Certificate
@@ -24,8 +23,10 @@ from esper.contracts.config import TezzeretConfig
 from esper.contracts.enums import SeedState
 from esper.errors import GrowthError
 from esper.errors import NotFoundError
+from esper.runtime.failpoints import hit
 from esper.runtime.kasmina.bank import Slot
 from esper.runtime.kasmina.cache import kernel_cache
+from esper.runtime.kasmina.growing.finite import refuse_broken
 from esper.runtime.kasmina.growing.fitting import fitting_target
 from esper.runtime.kasmina.growing.fitting import host_weights
 from esper.runtime.kasmina.growing.fitting import measured_birth
@@ -173,10 +174,10 @@ def attach(
     index = slot.seed.index
     _check_alpha(alpha)
     target, reads, adds = fitting_target(model, module, kernel)
-    broken = [name for name, tensor in kernel.state_dict().items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
-        raise GrowthError("ESP-435", f"the kernel for '{site}' has weights that are not finite: {', '.join(broken)}")
+    refuse_broken(f"the kernel for '{site}'", kernel.state_dict().items())
     _check_materialised(model, module)
+    for layer in dict.fromkeys((module, target)):
+        refuse_broken(f"'{state_of(layer).name}'", own_parameters(layer))
     difference = measured_birth(kernel, reads, adds)
     if alpha != 0.0 and difference != 0.0:
         raise GrowthError(
@@ -209,8 +210,10 @@ def attach(
     plant(module, slot, kernel, manifest=manifest_bytes(kernel.manifest).decode(), record=record, alpha=alpha)
     slot.newborn = difference == 0.0
     slot.joined = join is not None
+    hit("graft.parameters_added")
     if join is not None:
         join.apply()
+    hit("graft.optimizer_joined")
     model_state(model).generation += 1
     settle(model)
     return Graft(
@@ -281,6 +284,9 @@ def fossilize(
     chosen = _live_slots(model, site, seed)
     if site is not None and not chosen:
         raise GrowthError("ESP-437", f"nothing is on probation at '{site}'")
+    for module in dict.fromkeys(module for module, _ in chosen):
+        # With what was grown there: its parameters are the module's own by name.
+        refuse_broken(f"'{state_of(module).name}'", module.named_parameters())
     kept = []
     for module, slot in chosen:
         record = slot.seed

@@ -302,9 +302,10 @@ def _edges(graph: LayerGraph, index: Mapping[SiteName, int]) -> Iterator[Feature
 def _run_row(request: ScoreRequest) -> tuple[float, ...]:
     report = request.report
     total = request.max_epochs * request.steps_per_epoch
-    ordered = len(request.adaptations)
+    ordered = request.forgotten.ordered + len(request.adaptations)
     kept = sum(adaptation.state is AdaptationState.FOSSILIZED for adaptation in request.adaptations)
-    culled = sum(adaptation.state is AdaptationState.CULLED for adaptation in request.adaptations)
+    culled = request.forgotten.culled
+    culled += sum(adaptation.state is AdaptationState.CULLED for adaptation in request.adaptations)
     budget = request.tamiyo.max_adaptations
     train, val = report.metrics.train_loss, report.metrics.val_loss
     structure = {

@@ -65,7 +65,7 @@ def late(request: ScoreRequest) -> Wait | None:
 def budget(request: ScoreRequest) -> Wait | None:
     """`budget` when as many adaptations were ordered as are allowed, whatever became of them: a build that
     fails for ever must not be ordered for ever."""
-    ordered, allowed = len(request.adaptations), request.tamiyo.max_adaptations
+    ordered, allowed = request.forgotten.ordered + len(request.adaptations), request.tamiyo.max_adaptations
     if ordered >= allowed:
         return Wait("budget", f"{ordered} adaptations were ordered and tamiyo.max_adaptations is {allowed}")
     return None

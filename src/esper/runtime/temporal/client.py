@@ -6,6 +6,7 @@ the `temporal` CLI reads them; else the local stack's. TLS, keys and the namespa
 
 import asyncio
 import json
+import logging
 import os
 import re
 import socket
@@ -13,6 +14,7 @@ import ssl
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,11 @@ from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
 from temporalio.api.workflowservice.v1 import GetSystemInfoRequest
 from temporalio.client import Client
 from temporalio.envconfig import ClientConfig
+from temporalio.runtime import LogForwardingConfig
+from temporalio.runtime import LoggingConfig
+from temporalio.runtime import Runtime
+from temporalio.runtime import TelemetryConfig
+from temporalio.runtime import TelemetryFilter
 from temporalio.service import RPCError
 from temporalio.service import RPCStatusCode
 
@@ -54,8 +61,13 @@ class ServerAddress:
     @property
     def loopback(self) -> bool:
         """Whether the server can only be on this host."""
-        host = self.address.rpartition(":")[0].strip("[]")
-        return host == "localhost" or host.startswith("127.") or host == "::1"
+        return is_loopback(self.address)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether `host:port` is an address that only this host has."""
+    host = address.rpartition(":")[0].strip("[]")
+    return host == "localhost" or host.startswith("127.") or host == "::1"
 
 
 def uses_local_stack(temporal: TemporalConfig, environment: Mapping[str, str]) -> bool:
@@ -199,9 +211,19 @@ async def _reach(where: ServerAddress) -> None:
     raise TemporalUnavailable("ESP-301", f"Temporal at {where.address} ({where.origin}): {why}", hint=hint)
 
 
+@cache
+def _runtime() -> Runtime:
+    """The SDK's own log goes where ours goes. By itself it writes to stdout, where a command's result is read."""
+    forwarding = LogForwardingConfig(logging.getLogger("temporalio.core"))
+    levels = TelemetryFilter(core_level="WARN", other_level="ERROR")
+    return Runtime(telemetry=TelemetryConfig(logging=LoggingConfig(levels, forwarding)))
+
+
 async def _open(where: ServerAddress) -> Client:
     try:
-        return await Client.connect(where.address, namespace=where.namespace, plugins=[EsperPlugin()], **where.keywords)
+        return await Client.connect(
+            where.address, namespace=where.namespace, plugins=[EsperPlugin()], runtime=_runtime(), **where.keywords
+        )
     except RuntimeError as error:
         raise await _explain(where, error) from None
     except RPCError as error:

@@ -14,6 +14,7 @@ from esper.contracts.config import UrzaConfig
 from esper.contracts.enums import Outcome
 from esper.contracts.orders import RunRecord
 from esper.errors import EsperError
+from esper.runtime.temporal.executions import executions
 from esper.runtime.urza.connections import Connections
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ _CLOSED = frozenset(
 
 class Historian:
     """Looks for ended runs whose histories are not stored yet, and stores them: the run's own (each part of a
-    continue-as-new chain) and those of its decisions and kernels."""
+    continue-as-new chain, and what it was reset from) and those of its decisions and kernels."""
 
     def __init__(self, client: Client, connections: Connections) -> None:
         self._client = client
@@ -87,7 +88,7 @@ class Historian:
         for workflow_id in workflow_ids:
             known = stored.get(workflow_id, {})
             sequence = max(known.values(), default=-1)
-            for temporal_run_id, history in await self._chain(workflow_id):
+            for temporal_run_id, history in await executions(self._client, workflow_id):
                 if temporal_run_id in known:
                     continue
                 if history.events[-1].WhichOneof("attributes") not in _CLOSED:
@@ -101,24 +102,6 @@ class Historian:
         if complete:
             log.info("stored the histories of run %s", record.run_id)
         return complete
-
-    async def _chain(self, workflow_id: str) -> list[tuple[str, WorkflowHistory]]:
-        """The histories of one workflow id, oldest first, along its continue-as-new chain."""
-        found: list[tuple[str, WorkflowHistory]] = []
-        run_id: str | None = None
-        while True:
-            handle = self._client.get_workflow_handle(workflow_id, run_id=run_id)
-            try:
-                history = await handle.fetch_history()
-            except RPCError as error:
-                if error.status is RPCStatusCode.NOT_FOUND:
-                    return found
-                raise
-            started = history.events[0].workflow_execution_started_event_attributes
-            found.insert(0, (started.original_execution_run_id, history))
-            if not started.continued_execution_run_id:
-                return found
-            run_id = started.continued_execution_run_id
 
 
 def _bytes(history: WorkflowHistory) -> bytes:

@@ -16,6 +16,10 @@ HEARTBEAT = timedelta(seconds=10)
 """The longest silence of a live trainer. Ten seconds, so that a server that was away for a moment does not
 cost a lease twice (heartbeat and sticky queue)."""
 
+STUCK = 3 * HEARTBEAT
+"""After so long a silence of its work a trainer ends itself. By then its run has been taken over, so that nothing is
+lost by it; and a process that was only stopped for a moment has had the time to go on."""
+
 HEARTBEAT_THROTTLE = timedelta(seconds=2)
 """How often heartbeats really travel; also the latency with which a cancellation reaches an activity."""
 
@@ -24,6 +28,9 @@ GRACEFUL_SHUTDOWN = timedelta(seconds=20)
 
 OLD_QUEUE_PATIENCE = timedelta(seconds=3)
 """How long the former trainer of a run is asked first after a time-out, before another one is claimed."""
+
+RECLAIM_PATIENCE = timedelta(seconds=5)
+"""How long it may take to answer once it has been asked: one short write to Urza."""
 
 LOST_TRAINER_LIMIT = 8
 """Lease losses in a row without one finished epoch between them after which a run is failed."""
@@ -37,6 +44,12 @@ STOP_PATIENCE = timedelta(seconds=30)
 
 INSTALL_ATTEMPTS = 3
 """Tries to fetch and record a kernel while the store is away; after that its adaptation is given up."""
+
+DECISION_LIMIT = timedelta(minutes=10)
+"""For one decision, whatever holds it up. After that the run waits, and says so."""
+
+DECISION_ATTEMPTS = 5
+"""Tries to start a decision while one of the same name, of an earlier life of the run, still ends."""
 
 FORGE_MARGIN = timedelta(seconds=30)
 """What a forge needs beside the limited work itself: starting its child, moving bytes."""
@@ -100,8 +113,9 @@ _RECORD = ActivityOptions(start_to_close=timedelta(seconds=20), retry=_PATIENT)
 
 OPTIONS: dict[str, ActivityOptions] = {
     "claim_trainer": ActivityOptions(start_to_close=timedelta(seconds=20), retry=_PATIENT),
+    # A process that is stopped, or whose GIL is held, may still be handed the question: it gets no longer to answer.
     "reclaim_trainer": ActivityOptions(
-        start_to_close=timedelta(seconds=20), retry=_ONCE, schedule_to_start=OLD_QUEUE_PATIENCE
+        start_to_close=RECLAIM_PATIENCE, retry=_ONCE, schedule_to_start=OLD_QUEUE_PATIENCE
     ),
     "load_run": _pinned(timedelta(hours=6)),
     "train_epoch": _pinned(timedelta(days=7)),

@@ -1,15 +1,18 @@
 """What every client, worker and replayer of Esper shares, so that they cannot drift apart.
 
-The pydantic converter; the sandbox that passes Esper's own modules through; and the one place where an
-`EsperError` becomes a Temporal failure and back.
+The pydantic converter, which lets no secret pass in the text of a failure; the sandbox that passes Esper's own modules
+through; and the one place where an `EsperError` becomes a Temporal failure and back.
 """
 
 from dataclasses import replace
 from typing import Any
 
 from temporalio import activity
+from temporalio.api.failure.v1 import Failure
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.converter import DataConverter
+from temporalio.converter import DefaultFailureConverter
+from temporalio.converter import PayloadConverter
 from temporalio.plugin import SimplePlugin
 from temporalio.worker import ActivityInboundInterceptor
 from temporalio.worker import ExecuteActivityInput
@@ -18,6 +21,7 @@ from temporalio.worker import WorkflowRunner
 from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner
 
 from esper.errors import EsperError
+from esper.runtime.logs import redact
 from esper.runtime.logs import run_context
 from esper.runtime.temporal.failures import to_failure
 
@@ -53,8 +57,25 @@ def _runner(existing: WorkflowRunner | None) -> WorkflowRunner:
     return existing
 
 
+class RedactedFailures(DefaultFailureConverter):
+    """Failures without secrets: what an exception says, also one of a library or of the user's own code, is kept in
+    the history for ever."""
+
+    def to_failure(self, exception: BaseException, payload_converter: PayloadConverter, failure: Failure) -> None:
+        # Called again for each cause.
+        super().to_failure(exception, payload_converter, failure)
+        failure.message = redact(failure.message)
+        failure.stack_trace = redact(failure.stack_trace)
+        for payload in failure.application_failure_info.details.payloads:
+            if payload.metadata.get("encoding", b"").startswith(b"json/"):
+                payload.data = redact(payload.data.decode()).encode()
+
+
+_CONVERTER = replace(pydantic_data_converter, failure_converter_class=RedactedFailures)
+
+
 def _converter(existing: DataConverter | None) -> DataConverter:
-    return pydantic_data_converter
+    return _CONVERTER
 
 
 class EsperPlugin(SimplePlugin):

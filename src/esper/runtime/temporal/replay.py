@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from temporalio.client import WorkflowHistory
@@ -15,10 +16,13 @@ from temporalio.runtime import LoggingConfig
 from temporalio.runtime import Runtime
 from temporalio.runtime import TelemetryConfig
 from temporalio.runtime import TelemetryFilter
+from temporalio.worker import Interceptor
 from temporalio.worker import Replayer
 from temporalio.workflow import NondeterminismError
 
 from esper.errors import IntegrityError
+from esper.runtime.temporal.commanded import Command
+from esper.runtime.temporal.commanded import Recording
 from esper.runtime.temporal.plugin import EsperPlugin
 
 _SHORTEST = 3
@@ -27,10 +31,16 @@ _SHORTEST = 3
 _PREFIX_SECONDS = 20.0
 """For replaying one prefix; a divergence that is not found in time is reported without its event."""
 
+_NOTHING = "nothing more"
+
 
 @dataclass(frozen=True)
 class ReplayReport:
-    """What replaying one history found. `event_id` is that of the first event that the code does not lead to."""
+    """What replaying one history found. `event_id` is that of the first event that the code does not lead to.
+
+    `recorded` and `ordered` are the first order that the history has and the code does not give, and what it gives in
+    its place; both None where the orders agree and something else differs, which `message` tells.
+    """
 
     workflow_id: str
     workflow_type: str
@@ -38,6 +48,8 @@ class ReplayReport:
     clean: bool
     event_id: int | None = None
     message: str | None = None
+    recorded: str | None = None
+    ordered: str | None = None
 
 
 async def replay_history(history: str | dict[str, Any], workflows: Sequence[type]) -> ReplayReport:
@@ -49,9 +61,11 @@ async def replay_history(history: str | dict[str, Any], workflows: Sequence[type
     document = parse_history(history)
     workflow_id, workflow_type = _identity(document)
     events: list[dict[str, Any]] = document["events"]
-    failure = await _failure(workflow_id, events, workflows)
+    recording = Recording()
+    failure = await _failure(workflow_id, events, workflows, [recording])
     if failure is None:
         return ReplayReport(workflow_id, workflow_type, len(events), clean=True)
+    recorded, ordered = _first_difference(events, recording.commands)
     kind = "" if isinstance(failure, NondeterminismError) else f"{type(failure).__name__}: "
     return ReplayReport(
         workflow_id,
@@ -60,13 +74,43 @@ async def replay_history(history: str | dict[str, Any], workflows: Sequence[type
         clean=False,
         event_id=await _first_divergence(workflow_id, events, workflows),
         message=kind + _sentence(failure),
+        recorded=recorded,
+        ordered=ordered,
     )
 
 
-async def _failure(workflow_id: str, events: list[dict[str, Any]], workflows: Sequence[type]) -> Exception | None:
+async def _failure(
+    workflow_id: str,
+    events: list[dict[str, Any]],
+    workflows: Sequence[type],
+    interceptors: Sequence[Interceptor] = (),
+) -> Exception | None:
     history = WorkflowHistory.from_json(workflow_id, {"events": events})
-    replayer = Replayer(workflows=workflows, plugins=[EsperPlugin()], runtime=quiet_runtime())
+    replayer = Replayer(
+        workflows=workflows, plugins=[EsperPlugin()], interceptors=interceptors, runtime=quiet_runtime()
+    )
     return (await replayer.replay_workflow(history, raise_on_replay_failure=False)).replay_failure
+
+
+def _first_difference(events: list[dict[str, Any]], commands: Sequence[Command]) -> tuple[str | None, str | None]:
+    """The first order in which the history and the code differ; a side that orders nothing more says so."""
+    before = [order for event in events if (order := _order_of(event)) is not None]
+    after = [f"{command.kind} {command.what.partition(' (')[0]}".rstrip() for command in commands]
+    for recorded, ordered in zip_longest(before, after, fillvalue=_NOTHING):
+        if recorded != ordered:
+            return recorded, ordered
+    return None, None
+
+
+def _order_of(event: dict[str, Any]) -> str | None:
+    """The order that an event is the record of, in the words of `Command`."""
+    if (activity := event.get("activityTaskScheduledEventAttributes")) is not None:
+        return f"activity {activity['activityType']['name']}"
+    if (child := event.get("startChildWorkflowExecutionInitiatedEventAttributes")) is not None:
+        return f"child workflow {child['workflowId']}"
+    if "workflowExecutionContinuedAsNewEventAttributes" in event:
+        return "continue as new"
+    return None
 
 
 @functools.cache

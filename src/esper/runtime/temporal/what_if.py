@@ -12,34 +12,17 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from pydantic import BaseModel
 from temporalio.client import WorkflowHistory
-from temporalio.worker import ContinueAsNewInput
-from temporalio.worker import Interceptor
 from temporalio.worker import Replayer
-from temporalio.worker import StartActivityInput
-from temporalio.worker import StartChildWorkflowInput
-from temporalio.worker import WorkflowInboundInterceptor
-from temporalio.worker import WorkflowInterceptorClassInput
-from temporalio.worker import WorkflowOutboundInterceptor
-from temporalio.workflow import ActivityHandle
-from temporalio.workflow import ChildWorkflowHandle
 
 from esper.contracts.operational import AdaptationDecision
 from esper.contracts.orders import DecisionRequest
 from esper.errors import NotFoundError
+from esper.runtime.temporal.commanded import Command
+from esper.runtime.temporal.commanded import Recording
 from esper.runtime.temporal.plugin import EsperPlugin
 from esper.runtime.temporal.replay import parse_history
 from esper.runtime.temporal.replay import quiet_runtime
-
-
-@dataclass(frozen=True)
-class Command:
-    """One thing that a workflow orders. `what` names it for people; `argument` is what it is given, as JSON."""
-
-    kind: str
-    what: str
-    argument: Any
 
 
 @dataclass(frozen=True)
@@ -103,50 +86,11 @@ async def first_difference(
 async def _commands(history: str | dict[str, Any], workflows: Sequence[type]) -> list[Command]:
     document = parse_history(history)
     workflow_id = document["events"][0]["workflowExecutionStartedEventAttributes"]["workflowId"]
-    recording = _Recording()
+    recording = Recording()
     replayer = Replayer(workflows=workflows, plugins=[EsperPlugin()], interceptors=[recording], runtime=quiet_runtime())
     # An edited history fails to replay where it differs: that is what is looked for.
     await replayer.replay_workflow(WorkflowHistory.from_json(workflow_id, document), raise_on_replay_failure=False)
     return recording.commands
-
-
-class _Recording(Interceptor):
-    def __init__(self) -> None:
-        self.commands: list[Command] = []
-
-    def workflow_interceptor_class(
-        self, input: WorkflowInterceptorClassInput
-    ) -> type[WorkflowInboundInterceptor] | None:
-        commands = self.commands
-
-        class Inbound(WorkflowInboundInterceptor):
-            def init(self, outbound: WorkflowOutboundInterceptor) -> None:
-                super().init(_Recorder(outbound, commands))
-
-        return Inbound
-
-
-class _Recorder(WorkflowOutboundInterceptor):
-    def __init__(self, next: WorkflowOutboundInterceptor, commands: list[Command]) -> None:
-        super().__init__(next)
-        self.commands = commands
-
-    def start_activity(self, input: StartActivityInput) -> ActivityHandle[Any]:
-        self.commands.append(Command("activity", f"{input.activity} ({input.summary})", _plain(input.args)))
-        return super().start_activity(input)
-
-    async def start_child_workflow(self, input: StartChildWorkflowInput) -> ChildWorkflowHandle[Any, Any]:
-        self.commands.append(Command("child workflow", input.id, _plain(input.args)))
-        return await super().start_child_workflow(input)
-
-    def continue_as_new(self, input: ContinueAsNewInput) -> Any:
-        self.commands.append(Command("continue as new", "", _plain(input.args)))
-        return super().continue_as_new(input)
-
-
-def _plain(arguments: Sequence[Any]) -> Any:
-    (argument,) = arguments if len(arguments) == 1 else (list(arguments),)
-    return argument.model_dump(mode="json") if isinstance(argument, BaseModel) else argument
 
 
 def _decided_epoch(completed: dict[str, Any]) -> int | None:

@@ -26,6 +26,7 @@ from esper.runtime.tezzeret.ir import canonical_json
 from esper.runtime.tolaria.checkpoint import Get
 from esper.runtime.tolaria.checkpoint import Put
 from esper.runtime.tolaria.checkpoint import fingerprint
+from esper.runtime.tolaria.checkpoint import identity_of
 from esper.runtime.tolaria.checkpoint import read_manifest
 from esper.runtime.tolaria.live.run_state import RunState
 from esper.runtime.urza.branches import Branch
@@ -62,8 +63,7 @@ def branch_off(
     damaged."""
     original = read_manifest(parent.manifest, get)
     manifest = _renamed(original, parent.run_id, run_id)
-    data = original.fingerprint.get("data")
-    recipe = fingerprint(config, data if isinstance(data, str) else None)
+    recipe = fingerprint(config, identity_of(original))
     manifest = manifest.model_copy(update={"fingerprint": recipe})
     stored = put(canonical_json(manifest.model_dump(mode="json")))
     state = manifest.state

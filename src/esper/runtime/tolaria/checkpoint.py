@@ -1,4 +1,4 @@
-"""Checkpoints: everything that training needs to go on bit for bit, as one JSON manifest and three tensor files.
+"""Checkpoints: everything that training needs to go on bit for bit, as one JSON manifest and a few tensor files.
 
 `snapshot` copies in line, between two steps; `write` turns the copy into bytes, on any thread; `restore` reads it
 back and `resume` puts it into a new model. Nothing is ever unpickled, and equal states give equal bytes. Codes of
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import safetensors.torch
@@ -25,6 +26,7 @@ from esper.contracts.base import Contract
 from esper.contracts.config import EsperConfig
 from esper.errors import IntegrityError
 from esper.errors import RunConflict
+from esper.runtime.failpoints import hit
 from esper.runtime.kasmina.keeping.manifest import GrowthManifest
 from esper.runtime.kasmina.keeping.manifest import growth_manifest
 from esper.runtime.kasmina.keeping.manifest import rebuild
@@ -58,6 +60,8 @@ class CheckpointManifest(Contract):
     epoch: int
     """Epochs completed."""
     model: ArtifactRef
+    frozen: ArtifactRef | None = None
+    """The parameters that do not train: a file of their own, so that it is stored once and not with every head."""
     optimizer: ArtifactRef
     random: ArtifactRef
     optimizer_kind: str
@@ -77,8 +81,10 @@ class Snapshot:
     device: str
     threads: int
     config: EsperConfig
-    data_digest: str | None
+    identity: Mapping[str, JsonValue]
     model: dict[str, Tensor]
+    frozen: frozenset[str]
+    """Names of the parameters that do not train."""
     optimizer: OptimizerState
     random: RandomState
     growth: GrowthManifest
@@ -95,9 +101,9 @@ class Restored:
     random: RandomState
 
 
-def fingerprint(config: EsperConfig, data_digest: str | None) -> dict[str, JsonValue]:
-    """Every setting that decides over the bits of a run, and the data where its digest is known; a resume with others
-    is a conflict."""
+def fingerprint(config: EsperConfig, identity: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """Every setting that decides over the bits of a run, and the `identity` of its model and data; a resume with
+    others is a conflict."""
     document = config.model_dump(mode="json")
     sections = ("task", "optimizer", "training", "delivery")
     keys: dict[str, JsonValue] = {f"{name}.{key}": document[name][key] for name in sections for key in document[name]}
@@ -106,7 +112,12 @@ def fingerprint(config: EsperConfig, data_digest: str | None) -> dict[str, JsonV
     keys |= {f"tamiyo.{key}": document["tamiyo"][key] for key in ("hold_epochs", "hold_steps", "keep_margin")}
     for harmless in ("task.path", "training.checkpoint_every"):
         keys.pop(harmless)
-    return keys if data_digest is None else keys | {"data": data_digest}
+    return keys | dict(identity)
+
+
+def identity_of(manifest: CheckpointManifest) -> dict[str, JsonValue]:
+    """The part of a checkpoint's fingerprint that is no setting: its model and its data."""
+    return {key: value for key, value in manifest.fingerprint.items() if key.startswith(("model.", "data"))}
 
 
 def snapshot(trainee: Trainee, state: RunState) -> Snapshot:
@@ -119,8 +130,9 @@ def snapshot(trainee: Trainee, state: RunState) -> Snapshot:
         device=str(plan.device),
         threads=plan.threads,
         config=plan.config,
-        data_digest=plan.data_digest,
+        identity=plan.identity,
         model={name: tensor.detach().clone().cpu() for name, tensor in _tensors(trainee.model).items()},
+        frozen=frozenset(name for name, tensor in trainee.model.named_parameters() if not tensor.requires_grad),
         optimizer=capture_optimizer(trainee.optimizer, trainee.model),
         random=capture_random_state(),
         growth=growth_manifest(trainee.model),
@@ -134,15 +146,22 @@ def write(taken: Snapshot, put: Put, each: Each = map) -> ArtifactRef:
     `each` applies `put` to the tensor files: the `map` of an executor stores them side by side.
     """
     numbers = taken.random
-    model, optimizer, random = each(put, (_pack(taken.model), _pack(taken.optimizer.tensors), _pack(numbers.tensors)))
+    trained = {name: tensor for name, tensor in taken.model.items() if name not in taken.frozen}
+    frozen = {name: tensor for name, tensor in taken.model.items() if name in taken.frozen}
+    # With its step, what happens to be as it was gets a file of its own: one damaged file is one damaged head.
+    parts = [_pack(trained), _pack(taken.optimizer.tensors, taken.step), _pack(numbers.tensors, taken.step)]
+    parts += [_pack(frozen)] if frozen else []
+    model, optimizer, random, *fixed = each(partial(_put_file, put), parts)
+    hit("commit.after_blobs")
     manifest = CheckpointManifest(
         torch_version=str(torch.__version__),
         device=taken.device,
         threads=taken.threads,
-        fingerprint=fingerprint(taken.config, taken.data_digest),
+        fingerprint=fingerprint(taken.config, taken.identity),
         step=taken.step,
         epoch=taken.epoch,
         model=model,
+        frozen=fixed[0] if fixed else None,
         optimizer=optimizer,
         random=random,
         optimizer_kind=taken.optimizer.kind,
@@ -158,7 +177,11 @@ def write(taken: Snapshot, put: Put, each: Each = map) -> ArtifactRef:
         growth=taken.growth,
         state=taken.state,
     )
-    return put(canonical_json(manifest.model_dump(mode="json")))
+    data = canonical_json(manifest.model_dump(mode="json"))
+    hit("commit.before_manifest")
+    stored = put(data)
+    hit("commit.after_manifest")
+    return stored
 
 
 def read_manifest(manifest: ArtifactRef, fetch: Get) -> CheckpointManifest:
@@ -172,7 +195,12 @@ def restore(manifest: ArtifactRef, fetch: Get) -> Restored:
     document = _manifest(get(manifest))
     return Restored(
         manifest=document,
-        model=_unpack(get(document.model), "model"),
+        model={
+            name: tensor
+            for ref in (document.model, document.frozen)
+            if ref is not None
+            for name, tensor in _unpack(get(ref), "model").items()
+        },
         optimizer=OptimizerState(
             document.optimizer_kind,
             document.groups,
@@ -183,21 +211,37 @@ def restore(manifest: ArtifactRef, fetch: Get) -> Restored:
     )
 
 
-def require_same_recipe(
-    manifest: CheckpointManifest, config: EsperConfig, data_digest: str | None, run_id: str
-) -> None:
-    """Raises `RunConflict` (ESP-502) with the settings that differ from those the checkpoint was made with."""
-    wanted = fingerprint(config, data_digest)
-    differing = [
-        f"{key} was {json.dumps(manifest.fingerprint.get(key))}, is {json.dumps(wanted.get(key))}"
-        for key in sorted(wanted.keys() | manifest.fingerprint.keys())
-        if wanted.get(key) != manifest.fingerprint.get(key)
-    ]
-    if differing:
+def recipe_drift(
+    manifest: CheckpointManifest, config: EsperConfig, identity: Mapping[str, JsonValue]
+) -> dict[str, tuple[JsonValue, JsonValue]]:
+    """What decides over bits and is not as it was when the checkpoint was made: by name, what was and what is."""
+    then, now = manifest.fingerprint, fingerprint(config, identity)
+    if "model.structure" not in then:
+        # It was made before Esper noted model and data: what it does not say cannot differ.
+        now = {key: value for key, value in now.items() if key in then or key not in identity}
+    return {
+        key: (then.get(key), now.get(key)) for key in sorted(now.keys() | then.keys()) if then.get(key) != now.get(key)
+    }
+
+
+def config_drift(then: EsperConfig, now: EsperConfig) -> dict[str, tuple[JsonValue, JsonValue]]:
+    """As `recipe_drift`, between two configurations."""
+    was, is_ = fingerprint(then, {}), fingerprint(now, {})
+    return {key: (was[key], is_[key]) for key in sorted(was) if was[key] != is_[key]}
+
+
+def in_words(drift: Mapping[str, tuple[JsonValue, JsonValue]]) -> str:
+    """`optimizer.lr was 0.01, is 0.5; ...`."""
+    return "; ".join(f"{key} was {json.dumps(was)}, is {json.dumps(now)}" for key, (was, now) in drift.items())
+
+
+def require_same_recipe(drift: Mapping[str, tuple[JsonValue, JsonValue]], run_id: str) -> None:
+    """Raises `RunConflict` (ESP-502) with all that differs, if anything does."""
+    if drift:
         raise RunConflict(
             "ESP-502",
-            f"run {run_id} cannot go on with another recipe: {'; '.join(differing)}",
-            hint="Resume with the configuration it began with, or start another run",
+            f"run {run_id} cannot go on with another recipe: {in_words(drift)}",
+            hint=f"Resume with what it began with; `esper-cli resume {run_id} --accept-drift` goes on as it is",
             run_id=run_id,
         )
 
@@ -283,8 +327,16 @@ def _random(manifest: CheckpointManifest, tensors: dict[str, Tensor]) -> RandomS
         raise _damaged(f"its random states are incomplete: {error}") from error
 
 
-def _pack(tensors: Mapping[str, Tensor]) -> bytes:
-    return safetensors.torch.save({name: tensors[name].contiguous() for name in sorted(tensors)})
+def _put_file(put: Put, data: bytes) -> ArtifactRef:
+    hit("commit.before_blob")
+    stored = put(data)
+    hit("commit.after_blob")
+    return stored
+
+
+def _pack(tensors: Mapping[str, Tensor], step: int | None = None) -> bytes:
+    noted = None if step is None else {"step": str(step)}
+    return safetensors.torch.save({name: tensors[name].contiguous() for name in sorted(tensors)}, noted)
 
 
 def _unpack(data: bytes, what: str) -> dict[str, Tensor]:

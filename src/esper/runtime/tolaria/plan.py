@@ -1,10 +1,12 @@
 """Everything about a run's training that never changes while it trains, shared by the live model and its twins."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 from torch import nn
 from torch.optim import Optimizer
@@ -16,6 +18,7 @@ from esper.runtime.kasmina.model import wrap
 from esper.runtime.kasmina.wrapping.targets import Target
 from esper.runtime.kasmina.wrapping.undisturbed import undisturbed
 from esper.runtime.tolaria.data.data_checks import check_task
+from esper.runtime.tolaria.data.identity import identity
 from esper.runtime.tolaria.device import choose_device
 from esper.runtime.tolaria.device import choose_threads
 from esper.runtime.tolaria.device import use_threads
@@ -55,6 +58,8 @@ class TrainingPlan:
     steps_per_epoch: int
     model_name: str
     data_digest: str | None
+    identity: Mapping[str, JsonValue]
+    """What model and data are, beyond the configuration: `identity.identity`."""
 
     @property
     def total_steps(self) -> int:
@@ -105,12 +110,15 @@ def prepare(config: EsperConfig) -> tuple[TrainingPlan, nn.Module]:
     task = load_task(config.task, config.run.seed)
     with preserved_random_state():
         check_task(task, config.training.batch_size)
+    known = identity(task)
     model = task.model.to(device)
-    plan = _plan(config, device, threads, task)
+    plan = _plan(config, device, threads, task, known)
     return plan, wrapped(model, config.kasmina, plan.first_batch(), task.loss)
 
 
-def _plan(config: EsperConfig, device: torch.device, threads: int, task: Task) -> TrainingPlan:
+def _plan(
+    config: EsperConfig, device: torch.device, threads: int, task: Task, known: Mapping[str, JsonValue]
+) -> TrainingPlan:
     rows = _rows(task.train)
     steps = steps_per_epoch(rows, config.training.batch_size)
     reported, judge_rows = split_validation(_rows(task.validation))
@@ -132,6 +140,7 @@ def _plan(config: EsperConfig, device: torch.device, threads: int, task: Task) -
         steps_per_epoch=steps,
         model_name=type(task.model).__name__,
         data_digest=task.data_digest,
+        identity=known,
     )
 
 

@@ -5,15 +5,20 @@ stored ones, and the session is the one that trained the run. Nothing is written
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
 
+from pydantic import JsonValue
+
 from esper.contracts.assets import ArtifactRef
 from esper.contracts.base import Digest
 from esper.contracts.config import EsperConfig
+from esper.contracts.enums import FactKind
 from esper.contracts.operational import EpochReport
 from esper.contracts.operational import Fact
 from esper.contracts.operational import HeadRef
@@ -40,7 +45,9 @@ class RecordedRun:
     heads: Sequence[tuple[HeadRef, ArtifactRef]]
     get: Get
     start: tuple[HeadRef, ArtifactRef] | None = None
-    """The head that training begins from: that of a branch. Else it begins at step 0."""
+    """The head that training begins from: that of a branch, or where a drift was accepted. Else it begins at step 0."""
+    drifted: bool = False
+    """A drift was accepted: the start may have been made with another recipe than `config`."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +85,14 @@ class Reproduction:
         return not self.divergences and not self.different
 
 
-class _Shelf:
+class Shelf:
     """A `SessionStore` that reads the run's objects, writes to a folder of its own and knows the recorded facts."""
 
     def __init__(self, recorded: RecordedRun, folder: Path) -> None:
         self.lease = Lease(run_id=recorded.run_id, lease_gen=1, task_queue="reproduction")
         self.committed: list[tuple[int, CheckpointManifest]] = []
+        self.heads: list[tuple[HeadRef, ArtifactRef]] = []
+        self.reports: dict[int, EpochReport] = {}
         self.divergences: list[str] = []
         self._recorded = recorded
         self._own = FolderStore(folder)
@@ -101,12 +110,30 @@ class _Shelf:
         document = read_manifest(manifest, self.get)
         with self._lock:
             self.committed.append((head.step, document))
+            self.heads.append((head, manifest))
+            if report is not None:
+                self.reports[report.epoch] = report
         return head
+
+    def rewind(self, damaged: HeadRef, to: HeadRef, objects: Sequence[ArtifactRef], reason: str) -> None:
+        raise AssertionError("a reproduction knows one head at most, and none before it")
+
+    def record_drift(self, step: int, fields: Mapping[str, tuple[JsonValue, JsonValue]]) -> None:
+        """Another machine than the one that made the start of a branch: the comparison of heads will tell."""
+
+    def record_report(self, report: EpochReport) -> None:
+        self.reports[report.epoch] = report
+
+    def open_marker(self, adaptation_id: str, kernel: Digest) -> None:
+        """What ended a process is in the records, and is not executed."""
+
+    def close_marker(self, adaptation_id: str) -> None:
+        """As `open_marker`."""
 
     def insert_fact(self, fact: Fact) -> Fact:
         """A fact that the records lack is a divergence; it rules here, so that training can go on to show more."""
         same = (known for known in self._recorded.facts if known.adaptation_id == fact.adaptation_id)
-        found = next((known for known in same if known.kind is fact.kind), None)
+        found = next((known for known in same if known.name == fact.name), None)
         if found is not None:
             return found
         with self._lock:
@@ -118,13 +145,17 @@ class _Shelf:
 
 
 @dataclass(frozen=True)
-class _Fresh:
+class Fresh:
     """A ledger with every fact, and no head but that of a branch."""
 
     facts: Sequence[Fact]
     head: HeadRef | None
     manifest: ArtifactRef | None
     reports: Sequence[EpochReport] = ()
+    older: Sequence[tuple[HeadRef, ArtifactRef]] = ()
+    rewound_from: Sequence[Digest] = ()
+    crashes: Mapping[str, int] = field(default_factory=dict)
+    quarantined: frozenset[Digest] = frozenset()
 
     @property
     def frontier(self) -> int:
@@ -141,17 +172,14 @@ def reproduce(recorded: RecordedRun, tick: Callable[[Progress], None]) -> Reprod
     ended = max(steps, default=0)
     facts = [fact for fact in recorded.facts if fact.apply_step <= ended]
     with TemporaryDirectory(prefix="esper-reproduction-") as folder:
-        shelf = _Shelf(recorded, Path(folder))
+        shelf = Shelf(recorded, Path(folder))
         head, manifest = recorded.start or (None, None)
-        session = Session.load(recorded.config, _Fresh(facts, head, manifest), shelf, commit_at=steps)
+        ledger = Fresh(facts, head, manifest)
+        drifted = recorded.drifted
+        session = Session.load(recorded.config, ledger, shelf, commit_at=steps, timed=False, accept_drift=drifted)
         try:
-            per_epoch = session.describe().steps_per_epoch
-            begun = 0 if head is None else head.epoch
-            for epoch in range(begun + 1, -(-ended // per_epoch) + 1):
-                session.train_epoch(EpochRequest(lease=shelf.lease, epoch=epoch), tick)
-                for fact in facts:
-                    if fact.kind in VERDICTS.values() and fact.apply_step == epoch * per_epoch:
-                        session.judge(fact.adaptation_id, tick)
+            loaded = session.describe()
+            train_again(session, shelf.lease, facts, -(-ended // loaded.steps_per_epoch), tick)
             digest = session.digest()
         finally:
             session.close()
@@ -161,6 +189,21 @@ def reproduce(recorded: RecordedRun, tick: Callable[[Progress], None]) -> Reprod
             digest=digest,
             divergences=tuple(shelf.divergences),
         )
+
+
+def train_again(
+    session: Session, lease: Lease, facts: Sequence[Fact], last: int, tick: Callable[[Progress], None]
+) -> None:
+    """From where the session stands through epoch `last`, with every verdict that `facts` hold."""
+    begun = session.describe()
+    # A cull at the step of its own graft was no verdict, and was executed on the way.
+    due = {fact.adaptation_id: fact.judge_step for fact in facts if fact.kind is FactKind.GRAFT}
+    for epoch in range(begun.epoch + 1, last + 1):
+        session.train_epoch(EpochRequest(lease=lease, epoch=epoch), tick)
+        for fact in facts:
+            step = epoch * begun.steps_per_epoch
+            if fact.kind in VERDICTS.values() and fact.apply_step == step == due.get(fact.adaptation_id, step):
+                session.judge(fact.adaptation_id, tick)
 
 
 def _beyond(recorded: RecordedRun) -> list[tuple[HeadRef, ArtifactRef]]:
@@ -184,5 +227,5 @@ def _compare(
     return compared(any(_tensors(document) == _tensors(recorded) for document in here))
 
 
-def _tensors(document: CheckpointManifest) -> tuple[Digest, ...]:
-    return document.model.digest, document.optimizer.digest, document.random.digest
+def _tensors(document: CheckpointManifest) -> tuple[ArtifactRef | None, ...]:
+    return document.model, document.frozen, document.optimizer, document.random

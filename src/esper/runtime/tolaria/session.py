@@ -25,8 +25,8 @@ from esper.contracts.orders import EpochRequest
 from esper.contracts.orders import FinishedRun
 from esper.contracts.orders import InstallResult
 from esper.contracts.orders import LoadedRun
-from esper.errors import EsperError
 from esper.errors import RunFailed
+from esper.runtime.failpoints import hit
 from esper.runtime.kasmina.digest import weights_digest
 from esper.runtime.tolaria.live import deliveries
 from esper.runtime.tolaria.live.boundary import judge_is_due
@@ -36,6 +36,7 @@ from esper.runtime.tolaria.live.boundary import take_verdict
 from esper.runtime.tolaria.live.epoch_report import close_epoch
 from esper.runtime.tolaria.live.export import export_files
 from esper.runtime.tolaria.live.export import final_metrics
+from esper.runtime.tolaria.live.kernel_faults.guard import take_step
 from esper.runtime.tolaria.live.loading import Loaded
 from esper.runtime.tolaria.live.loading import load_run
 from esper.runtime.tolaria.live.surgery import all_seeds
@@ -46,6 +47,8 @@ from esper.runtime.tolaria.store import Ledger
 from esper.runtime.tolaria.store import Progress
 from esper.runtime.tolaria.store import SessionStore
 
+_ENDINGS = (FactKind.REMOVE, FactKind.CULL, FactKind.BREAKER, FactKind.QUARANTINE, FactKind.MISSED)
+
 
 class Session:
     """One run in the memory of one process. Once it has failed, every call raises what it failed with."""
@@ -54,6 +57,7 @@ class Session:
         self._shared = loaded.shared
         self._writer = loaded.writer
         self._warnings = loaded.warnings
+        self._rewound_from = loaded.rewound_from
         self._commit_at = commit_at
         self._reports = reports
         self._commits: dict[int, Future[Committed]] = {}
@@ -65,18 +69,26 @@ class Session:
 
     @classmethod
     def load(
-        cls, config: EsperConfig, ledger: Ledger, store: SessionStore, *, commit_at: Collection[int] = ()
+        cls,
+        config: EsperConfig,
+        ledger: Ledger,
+        store: SessionStore,
+        *,
+        commit_at: Collection[int] = (),
+        accept_drift: bool = False,
+        timed: bool = True,
     ) -> "Session":
         """A run where its head stands, or a fresh one with its first head committed at step 0.
 
-        Heads are committed at the end of each epoch, before each graft and at the steps `commit_at`; training pauses
-        at the last of those.
+        Heads are committed at the end of epochs (`training.checkpoint_every`, see `close_epoch`), before each graft and
+        at the steps `commit_at`; training pauses at the last of those. Without `timed` no kernel is removed for being
+        slow.
 
-        Raises what can be wrong with the task, the device, the data (ESP-2xx, ESP-3xx), the checkpoint (ESP-407..409)
-        and the recipe (`RunConflict` ESP-502).
+        Raises what can be wrong with the task, the device, the data (ESP-2xx, ESP-3xx), the checkpoint (ESP-402, 408,
+        409) and the recipe (`RunConflict` ESP-502, unless `accept_drift`).
         """
         reports = {report.epoch: report for report in ledger.reports}
-        return cls(load_run(config, ledger, store), reports, commit_at)
+        return cls(load_run(config, ledger, store, accept_drift=accept_drift, timed=timed), reports, commit_at)
 
     def describe(self) -> LoadedRun:
         """Where the run stands and what it is made of."""
@@ -98,6 +110,7 @@ class Session:
             facts=facts,
             finished=stopped or trainee.completed >= plan.config.run.max_epochs,
             warnings=self._warnings,
+            rewound_from=self._rewound_from,
         )
 
     def train_epoch(self, request: EpochRequest, beat: Beat) -> EpochResult:
@@ -130,11 +143,13 @@ class Session:
             with shared.turn.taken():
                 if not self._train(request, pulse, holds):
                     return self._result(EpochStatus.PAUSED, request.epoch)
+        report = self._report(request.epoch, pulse)
+        hit("epoch.before_answer")
         return EpochResult(
             status=EpochStatus.COMPLETED,
             epoch=request.epoch,
             step=request.epoch * shared.run.trainee.plan.steps_per_epoch,
-            report=self._report(request.epoch, pulse),
+            report=report,
         )
 
     def install(self, delivery: KernelDelivery) -> InstallResult:
@@ -173,6 +188,7 @@ class Session:
             report = take_verdict(shared, pulse)
             commit = shared.run.commit()
         shared.await_commit(commit, pulse)
+        hit("judge.before_answer")
         return report
 
     def checkpoint(self, hold: bool, pauses: int = 0) -> HeadRef:
@@ -182,7 +198,7 @@ class Session:
         with at least as many `pauses`, goes on.
         """
         shared = self._shared
-        request: Future[HeadRef] = Future()
+        request: Future[Future[Committed]] = Future()
         with shared.turn.condition:
             shared.turn.check()
             if hold:
@@ -196,7 +212,7 @@ class Session:
         if not served:
             with shared.turn.taken():
                 serve_checkpoints(shared, lambda phase: None)
-        return request.result()
+        return shared.await_commit(request.result(), lambda phase: None).head
 
     def finish(self) -> FinishedRun:
         """Commit what is not yet committed, measure the final model, and store its files."""
@@ -207,7 +223,8 @@ class Session:
                 shared.turn.wait(lambda phase: None, "finishing")
         with shared.turn.taken():
             run = shared.run
-            return FinishedRun(
+            hit("finish.before_files")
+            finished = FinishedRun(
                 head=head,
                 digest=weights_digest(run.trainee.model),
                 metrics=final_metrics(run),
@@ -215,6 +232,8 @@ class Session:
                 files=export_files(run, shared.store),
                 data_digest=run.trainee.plan.data_digest,
             )
+        hit("finish.before_answer")
+        return finished
 
     def digest(self) -> str:
         """`weights_digest` of the model as it stands; nobody may be training."""
@@ -247,12 +266,17 @@ class Session:
                 serve_checkpoints(shared, pulse)
             if holds != self._holds or self._ends_here(pulse):
                 return False
-            self._rows += self._take_step()
+            self._rows += take_step(shared, pulse)
             shared.turn.moved()
             if run.step < end:
                 pulse("training")
         commit = close_epoch(
-            shared, pulse, expects_decision=request.expects_decision, began=began, stall_seconds=stalled
+            shared,
+            pulse,
+            expects_decision=request.expects_decision,
+            began=began,
+            stall_seconds=stalled,
+            wants_head=end in self._commit_at,
         )
         self._commits = {request.epoch: commit} | {n: c for n, c in self._commits.items() if not c.done()}
         return True
@@ -266,20 +290,6 @@ class Session:
             shared.run.wait_for_writer(lambda commit: shared.stall_for(commit, pulse))
             shared.stall_for(shared.run.commit(), pulse)
         return shared.run.step == max(self._commit_at)
-
-    def _take_step(self) -> int:
-        run = self._shared.run
-        try:
-            return run.take_step()
-        except EsperError as error:
-            self._shared.turn.fail(error)
-            raise
-        except Exception as error:
-            lines = str(error).strip().splitlines()
-            what = f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
-            failed = RunFailed("ESP-601", f"training raised at step {run.step}: {what}", run_id=run.run_id)
-            self._shared.turn.fail(failed)
-            raise failed from error
 
     def _report(self, epoch: int, pulse: Pulse) -> EpochReport:
         commit = self._commits.get(epoch)
@@ -312,7 +322,7 @@ class Session:
 
     def _void(self, adaptation_id: str) -> JudgeReport:
         shared = self._shared
-        fact = shared.book.find(adaptation_id, FactKind.REMOVE, FactKind.CULL, FactKind.MISSED)
+        fact = shared.book.find(adaptation_id, *_ENDINGS)
         reason = f"{fact.kind}: {fact.reason}" if fact is not None else "it was never grafted"
         return JudgeReport(
             run_id=shared.run.run_id,

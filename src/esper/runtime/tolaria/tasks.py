@@ -14,6 +14,8 @@ from torch.utils.data import Dataset
 from esper.contracts.config import TaskConfig
 from esper.errors import ConfigurationError
 from esper.errors import TargetError
+from esper.runtime.tolaria.data.installed import call_installed
+from esper.runtime.tolaria.data.installed import installed_tasks
 from esper.runtime.tolaria.data.quick_starts import PACKAGED_TASKS
 from esper.runtime.tolaria.data.quick_starts import TaskParts
 from esper.runtime.tolaria.data.targets import call_target
@@ -48,27 +50,24 @@ def load_task(config: TaskConfig, seed: int) -> Task:
     """Seed the global generators with `seed`, then make the task: its weights are the first that is drawn.
 
     Raises `ConfigurationError` (ESP-206) for an unknown packaged task, `DataUnavailable` (ESP-207) when its data
-    cannot be had, `TargetError` (ESP-310..313) for a user's own task that gives none.
+    cannot be had, `TargetError` (ESP-310..313) for a user's own or an installed task that gives none.
     """
     if config.target is not None:
         seed_everything(seed)
-        made = call_target(config.target, config.arguments)
-        if not isinstance(made, Task):
-            raise TargetError(
-                "ESP-312",
-                f"task.target {config.target!r} returned {_described(made)}, not an esper.Task",
-                hint="Return esper.Task(model=..., train=..., validation=..., loss=...)",
-            )
-        _check_fields(config.target, made)
-        return made
+        return _own(f"task.target {config.target!r}", call_target(config.target, config.arguments))
     name = config.name or ""
     factory = PACKAGED_TASKS.get(name)
     if factory is None:
-        near = difflib.get_close_matches(name, PACKAGED_TASKS, n=1)
+        installed = installed_tasks()
+        if name in installed:
+            seed_everything(seed)
+            return _own(f"installed task {name!r}", call_installed(installed[name], config.arguments))
+        known = [*PACKAGED_TASKS, *installed]
+        near = difflib.get_close_matches(name, known, n=1)
         raise ConfigurationError(
             "ESP-206",
-            f"task.name: there is no packaged task {name!r}",
-            hint=f"{f'Did you mean {near[0]}? ' if near else ''}Packaged are: {', '.join(PACKAGED_TASKS)}",
+            f"task.name: there is no packaged or installed task {name!r}",
+            hint=f"{f'Did you mean {near[0]}? ' if near else ''}Known are: {', '.join(known)}",
         )
     try:
         parts = factory(path=config.path, seed=seed, **config.arguments)
@@ -98,7 +97,18 @@ def _task(parts: TaskParts) -> Task:
     )
 
 
-def _check_fields(target: str, task: Task) -> None:
+def _own(what: str, made: object) -> Task:
+    if not isinstance(made, Task):
+        raise TargetError(
+            "ESP-312",
+            f"{what} returned {_described(made)}, not an esper.Task",
+            hint="Return esper.Task(model=..., train=..., validation=..., loss=...)",
+        )
+    _check_fields(what, made)
+    return made
+
+
+def _check_fields(what: str, task: Task) -> None:
     problems: list[str] = []
     model: object = task.model
     if not isinstance(model, nn.Module):
@@ -114,9 +124,7 @@ def _check_fields(target: str, task: Task) -> None:
         if not callable(function) and (function is not None or name == "loss"):
             problems.append(f"{name} is {_described(function)}, not callable")
     if problems:
-        raise TargetError(
-            "ESP-312", f"task.target {target!r} returned a Task that cannot be trained: {'; '.join(problems)}"
-        )
+        raise TargetError("ESP-312", f"{what} returned a Task that cannot be trained: {'; '.join(problems)}")
 
 
 def _described(value: object) -> str:

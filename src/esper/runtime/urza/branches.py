@@ -72,7 +72,7 @@ async def enter_branch(connection: AsyncConnection, branch: Branch, now: str) ->
             "seq": fact.seq,
             "adaptation_id": fact.adaptation_id,
             "kind": fact.kind,
-            "decides": fact.decides.value,
+            "decides": fact.decides,
             "apply_step": fact.apply_step,
             "fact": fact,
         }

@@ -2,11 +2,14 @@
 
 Safe beside running trainers. An object is written before the record that names it, so the young ones are left alone
 (`grace_s`); writing an object that is there already makes it young again. Candidates are listed first and the records
-are read after that; then each candidate's age is looked at once more at the moment it goes.
+are read after that; then each candidate's age is looked at once more at the moment it goes: it goes if nobody has put
+it since the grace period before the records were read.
 """
 
 import asyncio
 import json
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from esper.errors import IntegrityError
@@ -30,15 +33,24 @@ class Swept:
     removed_bytes: int
     young: int
     unreadable: tuple[str, ...]
-    """Kept checkpoint manifests that could not be read: nothing is removed while there is one."""
+    """Present heads that are missing, and kept checkpoint manifests that are damaged: nothing is removed while there
+    is one."""
 
 
-async def collect(library: Library, store: ObjectStore, *, grace_s: float, dry_run: bool) -> Swept:
+async def collect(
+    library: Library,
+    store: ObjectStore,
+    *,
+    grace_s: float,
+    dry_run: bool,
+    clock: Callable[[], float] = time.monotonic,
+) -> Swept:
     """Mark and sweep. Raises `ObjectsUnavailable`, `DatabaseUnavailable`.
 
     With a manifest that cannot be read it is not known what must stay, so then nothing is removed.
     """
     listed = await asyncio.to_thread(lambda: list(store.objects()))
+    marked_at = clock()
     needed = await library.needed()
     marked, unreadable = await asyncio.to_thread(_follow, needed, store)
     kept = [each for each in listed if each.ref.digest in marked]
@@ -46,7 +58,14 @@ async def collect(library: Library, store: ObjectStore, *, grace_s: float, dry_r
     old = [each for each in garbage if each.age_s >= grace_s]
     removed: list[StoredObject] = [] if unreadable else old
     if removed and not dry_run:
-        removed = await asyncio.to_thread(lambda: [each for each in old if store.delete_older(each.ref, grace_s)])
+
+        def is_removed(each: StoredObject) -> bool:
+            # However long all this takes: what was put since then may be named by a record that was not read.
+            return store.delete_older(each.ref, grace_s + max(0.0, clock() - marked_at))
+
+        removed = await asyncio.to_thread(lambda: [each for each in old if is_removed(each)])
+    if not dry_run:
+        await asyncio.to_thread(store.delete_unfinished, grace_s)
     return Swept(
         kept=len(kept),
         kept_bytes=sum(each.ref.size_bytes for each in kept),
@@ -66,7 +85,8 @@ def _follow(needed: Needed, store: ObjectStore) -> tuple[set[str], tuple[str, ..
         try:
             named = set(references_in(json.loads(store.get(needed.manifests[digest]))))
         except IntegrityError:
-            unreadable.append(digest)
+            if digest in needed.present or store.exists(needed.manifests[digest]):
+                unreadable.append(digest)
             continue
         marked |= named
         older = (named & needed.manifests.keys()) - seen

@@ -33,6 +33,9 @@ from esper.errors import DatabaseUnavailable
 BUSY_TIMEOUT_MS = 30_000
 CONNECT_TIMEOUT_S = 5
 
+KEEPALIVE = {"keepalives_idle": "5", "keepalives_interval": "5", "keepalives_count": "3", "tcp_user_timeout": "20000"}
+"""A PostgreSQL server that is gone without a word is noticed within 20 s, also while an answer is awaited."""
+
 DRIVERS = {
     "sqlite": "sqlite+aiosqlite",
     "sqlite+aiosqlite": "sqlite+aiosqlite",
@@ -81,6 +84,11 @@ def parse_url(database: str, default_file: Path) -> URL:
     return url
 
 
+def has_password(url: URL) -> bool:
+    """Whether the URL itself holds a password, wherever in it."""
+    return url.password is not None or "password" in url.query
+
+
 def describe(url: URL) -> str:
     """The URL as people may see it: without its password."""
     return _masked(url.render_as_string(hide_password=True))
@@ -107,7 +115,7 @@ def make_engine(url: URL) -> AsyncEngine:
     file = sqlite_file(url)
     try:
         if file is None:
-            query = {"connect_timeout": str(CONNECT_TIMEOUT_S), **url.query}
+            query = {"connect_timeout": str(CONNECT_TIMEOUT_S), **KEEPALIVE, **url.query}
             return create_async_engine(url.set(query=query), pool_pre_ping=True, isolation_level="READ COMMITTED")
         _refuse_network_file_system(file, url)
         engine = create_async_engine(url)
@@ -117,13 +125,13 @@ def make_engine(url: URL) -> AsyncEngine:
             f"urza.database {describe(url)!r}: the driver {error.name!r} is not installed",
             hint="Install it: pip install 'esper-morphogenetic[postgres]'",
         ) from error
-    _sqlite_events(engine)
+    _sqlite_events(engine, file)
     return engine
 
 
-def _sqlite_events(engine: AsyncEngine) -> None:
+def _sqlite_events(engine: AsyncEngine, file: Path) -> None:
     @event.listens_for(engine.sync_engine, "connect")
-    def _configure(dbapi_connection: Any, _record: Any) -> None:
+    def _configure(dbapi_connection: Any, record: Any) -> None:
         dbapi_connection.isolation_level = None
         cursor = dbapi_connection.cursor()
         cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
@@ -133,11 +141,24 @@ def _sqlite_events(engine: AsyncEngine) -> None:
         # FULL also under WAL: a head that was acknowledged must survive a power failure.
         cursor.execute("PRAGMA synchronous = FULL")
         cursor.close()
+        record.info["file"] = _identity(file)
 
     @event.listens_for(engine.sync_engine, "begin")
     def _begin(connection: Connection) -> None:
+        # SQLite would go on with a file that nobody can find any more, and what it commits there is lost.
+        if connection.info.get("file") != _identity(file):
+            raise FileNotFoundError(f"{file} was moved, deleted or replaced while it was open")
         read_only = connection.get_execution_options().get("esper_read_only")
         connection.exec_driver_sql("BEGIN DEFERRED" if read_only else "BEGIN IMMEDIATE")
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """What tells a file from another one of its name; `None` while there is none."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 @asynccontextmanager

@@ -6,10 +6,12 @@ raise `DatabaseUnavailable` (ESP-333) when the database does not do its work, an
 for an unknown run where they need one. Times are given by the caller and are informative only.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from pydantic import JsonValue
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from esper.contracts.assets import ArtifactRef
@@ -27,10 +29,12 @@ from esper.contracts.orders import Lease
 from esper.contracts.orders import RecordOutcome
 from esper.contracts.orders import RecordRun
 from esper.contracts.orders import RunRecord
+from esper.runtime.failpoints import hit
 from esper.runtime.urza import branches
 from esper.runtime.urza import decisions
 from esper.runtime.urza import kernels
 from esper.runtime.urza import ledger
+from esper.runtime.urza import markers
 from esper.runtime.urza import retention
 from esper.runtime.urza import runs
 from esper.runtime.urza.branches import Branch
@@ -41,6 +45,7 @@ from esper.runtime.urza.engine import parse_url
 from esper.runtime.urza.engine import reading
 from esper.runtime.urza.engine import writing
 from esper.runtime.urza.ledger import CommittedHead
+from esper.runtime.urza.ledger import Drift
 from esper.runtime.urza.ledger import Rewind
 from esper.runtime.urza.ledger import RunLedger
 from esper.runtime.urza.migration import require_current
@@ -119,15 +124,25 @@ class Library:
 
     # Leases
 
-    async def claim(self, run_id: str, task_queue: str) -> Lease:
-        """A new lease; every earlier one of the run is stale from now on."""
+    async def claim(self, run_id: str, task_queue: str, *, known: int = 0, recovers: bool = False) -> Lease:
+        """A new lease; every earlier one of the run is stale from now on.
+
+        `known` is the highest that the run's workflow was ever given. A database below it was restored from an older
+        copy: `RunConflict` (ESP-502), unless the claim `recovers` the run; then the new lease lies above `known`.
+        """
+        hit("lease.before_claim")
         async with writing(self._engine) as connection:
-            return await runs.claim(connection, run_id, task_queue)
+            lease = await runs.claim(connection, run_id, task_queue, known=known, recovers=recovers)
+        hit("lease.after_claim")
+        return lease
 
     async def release(self, lease: Lease) -> bool:
         """Give the lease back; False when it was stale already."""
+        hit("lease.before_release")
         async with writing(self._engine) as connection:
-            return await runs.release(connection, lease)
+            released = await runs.release(connection, lease)
+        hit("lease.after_release")
+        return released
 
     async def lease(self, run_id: str) -> Lease | None:
         """The lease that is held now; `None` when it was released or never taken."""
@@ -138,8 +153,21 @@ class Library:
 
     async def take_over(self, lease: Lease) -> RunLedger:
         """Head, facts and reports, read in the transaction that checks the lease."""
+        hit("lease.before_take_over")
         async with writing(self._engine) as connection:
-            return await ledger.take_over(connection, lease)
+            known = await ledger.take_over(connection, lease)
+        hit("lease.after_take_over")
+        return known
+
+    async def open_marker(self, lease: Lease, adaptation_id: str, kernel: str) -> None:
+        """Before a kernel is executed for the first time. A process that ends now is counted by `take_over`."""
+        async with writing(self._engine) as connection:
+            await markers.open_marker(connection, lease, adaptation_id, kernel)
+
+    async def close_marker(self, lease: Lease, adaptation_id: str) -> None:
+        """After it: the process has survived."""
+        async with writing(self._engine) as connection:
+            await markers.close_marker(connection, lease, adaptation_id)
 
     async def commit_head(
         self,
@@ -160,6 +188,12 @@ class Library:
                 connection, lease, head=head, manifest=manifest, parent=parent, report=report
             )
 
+    async def record_report(self, lease: Lease, report: EpochReport) -> None:
+        """The report of an epoch that ended without a head of its own; it names the newest one before. The first
+        report of an epoch stands."""
+        async with writing(self._engine) as connection:
+            await ledger.record_report(connection, lease, report)
+
     async def heads(self, run_id: str) -> tuple[CommittedHead, ...]:
         """All heads that the run ever had, in the order of their commits."""
         async with reading(self._engine) as connection:
@@ -178,6 +212,17 @@ class Library:
     async def rewinds(self, run_id: str) -> tuple[Rewind, ...]:
         async with reading(self._engine) as connection:
             return await ledger.rewinds(connection, run_id)
+
+    async def record_drift(self, lease: Lease, step: int, fields: Mapping[str, tuple[JsonValue, JsonValue]]) -> None:
+        """Note that the run goes on at `step` with what is not as it was (by name, what was and what is): a
+        divergence of kind ``drift``, once however often it is noted."""
+        async with writing(self._engine) as connection:
+            await ledger.record_drift(connection, lease, step, fields)
+
+    async def drifts(self, run_id: str) -> tuple[Drift, ...]:
+        """All recorded drifts of the run, by step."""
+        async with reading(self._engine) as connection:
+            return await ledger.drifts(connection, run_id)
 
     async def insert_fact(self, lease: Lease, fact: Fact) -> Fact:
         """The fact that now rules (run, adaptation, kind): this one with its `seq`, or the one recorded before.

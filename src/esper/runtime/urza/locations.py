@@ -21,6 +21,8 @@ def open_store(location: str, *, default_folder: Path) -> ObjectStore:
         return FolderStore(default_folder)
     parts = urlsplit(location)
     if parts.scheme == "s3":
+        if "@" in parts.netloc:
+            raise _unknown_location(location)
         # Importing boto3 costs half a second, which nobody with a folder should pay.
         from esper.runtime.urza.s3 import open_s3
 

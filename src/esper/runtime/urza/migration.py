@@ -25,7 +25,7 @@ from esper.runtime.urza.engine import reading
 from esper.runtime.urza.engine import sqlite_file
 from esper.runtime.urza.engine import writing
 
-REVISION = "0002"
+REVISION = "0003"
 """The revision that `tables` describes: the newest one in ``migrations/versions``."""
 
 _MIGRATION_LOCK = 0x65737065
@@ -60,6 +60,27 @@ async def check(url: str, *, default_file: Path = Path("urza.db")) -> RevisionSt
         return await _status(engine)
     finally:
         await engine.dispose()
+
+
+async def require_whole(url: str, *, default_file: Path = Path("urza.db")) -> None:
+    """Read a whole SQLite file: `DatabaseUnavailable` (ESP-333) with what SQLite's own check finds wrong in it. A
+    server checks its files itself."""
+    parsed = parse_url(url, default_file)
+    file = sqlite_file(parsed)
+    if file is None or not file.is_file():
+        return
+    engine = make_engine(parsed)
+    try:
+        async with reading(engine) as connection:
+            found = [str(line) for line in (await connection.execute(text("PRAGMA integrity_check"))).scalars()]
+    finally:
+        await engine.dispose()
+    if found != ["ok"]:
+        raise DatabaseUnavailable(
+            "ESP-333",
+            f"database {describe(parsed)} is damaged: {found[0].splitlines()[-1]}",
+            hint="Restore it from a copy, then `esper-cli recover RUN`",
+        )
 
 
 async def require_current(engine: AsyncEngine) -> None:

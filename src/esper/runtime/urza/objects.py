@@ -56,12 +56,21 @@ class ObjectStore(Protocol):
         """Remove the object; a missing one is no error."""
         ...
 
+    def set_aside(self, ref: ArtifactRef) -> None:
+        """Quarantine a damaged object: its bytes stay, below ``damaged/``, where nobody reads them and no collection
+        comes, and its name is free for the right bytes. A missing one is no error."""
+        ...
+
     def objects(self) -> Iterator[StoredObject]:
-        """Every object that lies in the store, in no particular order."""
+        """Every object that lies in the store, in no particular order; none that was set aside."""
         ...
 
     def delete_older(self, ref: ArtifactRef, age_s: float) -> bool:
         """Remove the object if it was not put in the last `age_s` seconds, and say whether it went."""
+        ...
+
+    def delete_unfinished(self, age_s: float) -> int:
+        """Remove what writers that were killed left behind at least `age_s` seconds ago; returns how many files."""
         ...
 
     def describe(self) -> str:
@@ -79,18 +88,26 @@ def object_key(ref: ArtifactRef) -> str:
     return ref.digest.replace(":", "/", 1)
 
 
+def damaged_key(ref: ArtifactRef) -> str:
+    """``damaged/<hex>.<nonce>``: a new name at every call, so that no find takes the place of an earlier one."""
+    return f"damaged/{ref.digest.partition(':')[2]}.{secrets.token_hex(8)}"
+
+
 def verified(data: bytes, ref: ArtifactRef, where: str) -> bytes:
     """`data` if it is what `ref` names; else `IntegrityError` (ESP-401), with what was expected and found."""
     if len(data) != ref.size_bytes:
         raise wrong_size(ref, len(data), where)
     found = hashlib.sha256(data).hexdigest()
     if f"sha256:{found}" != ref.digest:
-        raise IntegrityError(
-            "ESP-401",
-            f"object {ref.digest} in {where} is damaged: its bytes have the digest sha256:{found[:12]}...",
-            hint=_DAMAGE_HINT,
-        )
+        raise wrong_bytes(ref, f"the digest sha256:{found[:12]}...", where)
     return data
+
+
+def wrong_bytes(ref: ArtifactRef, found: str, where: str) -> IntegrityError:
+    """The error for an object whose bytes have `found` instead of what they should (ESP-401)."""
+    return IntegrityError(
+        "ESP-401", f"object {ref.digest} in {where} is damaged: its bytes have {found}", hint=_DAMAGE_HINT
+    )
 
 
 def wrong_size(ref: ArtifactRef, size: int, where: str) -> IntegrityError:
@@ -126,7 +143,10 @@ class FolderStore:
         path = self._path(ref)
         with self._explained("write", ref):
             # A damaged object is healed here: the right bytes are at hand, and nothing else may bear this name.
-            if not (_holds(path, data) and _made_young(path)):
+            whole = _holds(path, data)
+            if whole is False:
+                self.set_aside(ref)
+            if not (whole and _made_young(path)):
                 if not path.parent.is_dir():
                     path.parent.mkdir(parents=True, exist_ok=True)
                     sync_folder(path.parent.parent)
@@ -161,6 +181,14 @@ class FolderStore:
         with self._explained("delete", ref):
             self._path(ref).unlink(missing_ok=True)
 
+    def set_aside(self, ref: ArtifactRef) -> None:
+        aside = self._folder / damaged_key(ref)
+        with self._explained("set aside", ref), suppress(FileNotFoundError):
+            if self._path(ref).is_file():
+                aside.parent.mkdir(exist_ok=True)
+                self._path(ref).rename(aside)
+                sync_folder(aside.parent)
+
     def objects(self) -> Iterator[StoredObject]:
         now = time.time()
         for path in (self._folder / "sha256").glob("*"):
@@ -184,6 +212,15 @@ class FolderStore:
             aside.unlink()
             return True
         return False
+
+    def delete_unfinished(self, age_s: float) -> int:
+        deleted = 0
+        for path in (self._folder / "sha256").glob(".*"):
+            with suppress(FileNotFoundError):
+                if path.suffix in (".partial", ".collected") and time.time() - path.stat().st_mtime >= age_s:
+                    path.unlink()
+                    deleted += 1
+        return deleted
 
     def describe(self) -> str:
         return str(self._folder)
@@ -218,8 +255,9 @@ def _made_young(path: Path) -> bool:
     return True
 
 
-def _holds(path: Path, data: bytes) -> bool:
+def _holds(path: Path, data: bytes) -> bool | None:
+    """Whether the file has exactly these bytes; `None` when there is none."""
     try:
         return path.stat().st_size == len(data) and path.read_bytes() == data
     except FileNotFoundError:
-        return False
+        return None

@@ -1,9 +1,10 @@
 """What must stay: every reference that a record of any run still needs, read from the tables.
 
-Kept of a run's heads are the last two on the line of its present head, the last two that were committed, the head that
-each decision other than WAIT was taken on, and the head that a branch began with. What lies between two kept heads can
-be trained again from the records. Everything else that a record names is kept while the record is: kernels and
-certificates, output files, histories, and the site samples of decisions that may still be built.
+Kept of a run's heads are the last two on the line of its present head (with all heads of their steps), the head that
+each decision other than WAIT was taken on, both heads of a fork point (the parent's and the one that the branch began
+with), and where a drift was accepted, since no training leads there from what came before. What lies between two kept
+heads can be trained again from the records, which `fork` does. Everything else that a record names is kept while the
+record is: kernels and certificates, output files, histories, and the site samples of decisions that may still be built.
 """
 
 import re
@@ -26,7 +27,8 @@ from esper.runtime.urza.tables import histories as history_table
 from esper.runtime.urza.tables import kernels as kernel_table
 from esper.runtime.urza.tables import runs as run_table
 
-KEPT_HEADS = 2
+KEPT_STEPS = 2
+"""The newest steps with a head: what `tolaria.live.damage` falls back to."""
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -40,6 +42,8 @@ class Needed:
     kept: frozenset[str]
     manifests: Mapping[str, ArtifactRef]
     """Every checkpoint manifest of every run, by digest."""
+    present: frozenset[str]
+    """The present heads: others of `kept` may be gone already, where a run went back behind what had been kept."""
 
 
 async def needed(connection: AsyncConnection) -> Needed:
@@ -53,7 +57,9 @@ async def needed(connection: AsyncConnection) -> Needed:
         committed = await ledger.heads(connection, run.run_id)
         manifests |= {item.head.digest: item.manifest for item in committed}
         if run.lineage is not None:
-            kept |= {item.head.digest for item in committed if item.head.parent is None}
+            kept |= {item.head.digest for item in committed if item.head.parent is None} | {run.lineage.head}
+        drifted = {drift.step for drift in await ledger.drifts(connection, run.run_id)}
+        kept |= {item.head.digest for item in committed if item.head.step in drifted}
         reports, ordered = (
             await ledger.reports(connection, run.run_id, 0),
             await _ordered_epochs(connection, run.run_id),
@@ -67,7 +73,9 @@ async def needed(connection: AsyncConnection) -> Needed:
     for kernel in (await connection.execute(select(kernel_table.c.kernel))).scalars():
         digests |= set(references_in(kernel.model_dump(mode="json")))
     digests |= set((await connection.execute(select(history_table.c.digest))).scalars())
-    return Needed(frozenset(digests | kept), frozenset(kept & manifests.keys()), manifests)
+    kept &= manifests.keys()
+    present = frozenset(run.head for run in runs if run.head is not None)
+    return Needed(frozenset(digests | kept), frozenset(kept), manifests, present)
 
 
 def references_in(document: object) -> Iterator[str]:
@@ -84,13 +92,10 @@ def references_in(document: object) -> Iterator[str]:
 
 
 def _last_heads(committed: Sequence[CommittedHead], current: str | None) -> set[str]:
-    by_digest = {item.head.digest: item for item in committed}
-    kept = {item.head.digest for item in committed[-KEPT_HEADS:]}
-    for _ in range(KEPT_HEADS):
-        if current in by_digest:
-            kept.add(current)
-            current = by_digest[current].head.parent
-    return kept
+    """Those to which a run may have to go back. A head that was left as damaged is not on the line any more."""
+    line = ledger.line_of(committed, current)
+    steps = sorted({item.head.step for item in line}, reverse=True)[:KEPT_STEPS]
+    return {item.head.digest for item in line if item.head.step in steps}
 
 
 async def _ordered_epochs(connection: AsyncConnection, run_id: str) -> set[int]:

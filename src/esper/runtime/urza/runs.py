@@ -6,8 +6,10 @@ from typing import Any
 from pydantic import JsonValue
 from sqlalchemy import Row
 from sqlalchemy import Select
+from sqlalchemy import case
 from sqlalchemy import func
 from sqlalchemy import select
+from sqlalchemy import true
 from sqlalchemy import update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -19,6 +21,7 @@ from esper.contracts.orders import RecordOutcome
 from esper.contracts.orders import RecordRun
 from esper.contracts.orders import RunRecord
 from esper.errors import RunConflict
+from esper.runtime.failpoints import hit
 from esper.runtime.urza.rows import insert_new
 from esper.runtime.urza.rows import no_such_run
 from esper.runtime.urza.tables import divergences as divergence_table
@@ -36,7 +39,8 @@ OUTCOMES: Mapping[Outcome, frozenset[Outcome]] = {
 
 
 async def record_run(connection: AsyncConnection, request: RecordRun, now: str) -> RunRecord:
-    """Insert as RUNNING, or find it; `RunConflict` (ESP-501) if it has another configuration."""
+    """Insert as RUNNING, or find it; `RunConflict` (ESP-501) if it has another configuration that is not to replace
+    it."""
     values = {
         "run_id": request.run_id,
         "config": request.config,
@@ -47,6 +51,10 @@ async def record_run(connection: AsyncConnection, request: RecordRun, now: str) 
     await insert_new(connection, run_table, values)
     record = await run(connection, request.run_id)
     differing = _differing_keys(record.config, request.config)
+    if differing and request.replaces:
+        mine = run_table.c.run_id == request.run_id
+        await connection.execute(update(run_table).where(mine).values(config=request.config))
+        return await run(connection, request.run_id)
     if differing:
         raise RunConflict(
             "ESP-501",
@@ -169,24 +177,42 @@ async def _advance(connection: AsyncConnection, run_id: str, outcome: Outcome) -
     return row
 
 
-async def claim(connection: AsyncConnection, run_id: str, task_queue: str) -> Lease:
-    """Give the run to `task_queue` under a new lease: every earlier one is stale from now on."""
+async def claim(
+    connection: AsyncConnection, run_id: str, task_queue: str, *, known: int = 0, recovers: bool = False
+) -> Lease:
+    """Give the run to `task_queue` under a new lease: every earlier one is stale from now on; see `Library.claim`."""
+    highest = run_table.c.lease_gen
+    allowed = true() if recovers else highest >= known
     taken = (
         update(run_table)
-        .where(run_table.c.run_id == run_id)
-        .values(lease_gen=run_table.c.lease_gen + 1, task_queue=task_queue)
+        .where(run_table.c.run_id == run_id, allowed)
+        .values(lease_gen=case((highest < known, known), else_=highest) + 1, task_queue=task_queue)
         .returning(run_table.c.lease_gen)
     )
     lease_gen = (await connection.execute(taken)).scalar()
     if lease_gen is None:
-        raise await no_such_run(connection, run_id)
+        raise older_than_its_run(await run(connection, run_id), known)
+    hit("lease.in_claim")
     return Lease(run_id=run_id, task_queue=task_queue, lease_gen=lease_gen)
+
+
+def older_than_its_run(record: RunRecord, known: int) -> RunConflict:
+    """The error for a database that has never heard of lease `known` (ESP-502)."""
+    return RunConflict(
+        "ESP-502",
+        f"run {record.run_id}: the database knows leases up to {record.lease_gen}, "
+        f"its workflow was given lease {known}: "
+        "the database was restored from a copy that is older than the run",
+        hint=f"Restore a newer copy, or `esper-cli recover {record.run_id}` goes on from what this one has",
+        run_id=record.run_id,
+    )
 
 
 async def release(connection: AsyncConnection, lease: Lease) -> bool:
     """Give the lease back if it is still the run's; False when it was stale."""
     ours = run_table.c.run_id == lease.run_id, run_table.c.lease_gen == lease.lease_gen
     released = await connection.execute(update(run_table).where(*ours).values(task_queue=None))
+    hit("lease.in_release")
     return released.rowcount == 1
 
 

@@ -21,6 +21,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 from botocore.exceptions import ClientError
+from botocore.exceptions import FlexibleChecksumError
 from botocore.exceptions import HTTPClientError
 from botocore.exceptions import IncompleteReadError
 from botocore.exceptions import NoCredentialsError
@@ -34,10 +35,12 @@ from esper.errors import EsperError
 from esper.errors import ObjectsUnavailable
 from esper.runtime.urza.objects import ENDPOINT_VARIABLE
 from esper.runtime.urza.objects import StoredObject
+from esper.runtime.urza.objects import damaged_key
 from esper.runtime.urza.objects import missing
 from esper.runtime.urza.objects import object_key
 from esper.runtime.urza.objects import reference
 from esper.runtime.urza.objects import verified
+from esper.runtime.urza.objects import wrong_bytes
 from esper.runtime.urza.objects import wrong_size
 
 MULTIPART_BYTES = 64 * 2**20
@@ -121,6 +124,15 @@ class S3Store:
         with self._explained("DeleteObject"):
             self._client.delete_object(Bucket=self._bucket, Key=self._key(ref))
 
+    def set_aside(self, ref: ArtifactRef) -> None:
+        with self._explained("CopyObject"):
+            if self._stored_size(ref) is None:
+                return
+            source = {"Bucket": self._bucket, "Key": self._key(ref)}
+            # In parts where it is large: one copy request ends at 5 GB.
+            self._client.copy(source, self._bucket, self._below(damaged_key(ref)))
+        self.delete(ref)
+
     def objects(self) -> Iterator[StoredObject]:
         prefix = f"{self._prefix}/sha256/" if self._prefix else "sha256/"
         with self._explained("ListObjectsV2"):
@@ -140,12 +152,19 @@ class S3Store:
         self.delete(ref)
         return True
 
+    def delete_unfinished(self, age_s: float) -> int:
+        # An upload that broke off is no object; what it sent is the bucket's to forget (a rule of its lifecycle).
+        return 0
+
     def describe(self) -> str:
         place = f"s3://{self._bucket}/{self._prefix}" if self._prefix else f"s3://{self._bucket}"
         return f"{place} at {self._endpoint}"
 
     def _key(self, ref: ArtifactRef) -> str:
-        return f"{self._prefix}/{object_key(ref)}" if self._prefix else object_key(ref)
+        return self._below(object_key(ref))
+
+    def _below(self, key: str) -> str:
+        return f"{self._prefix}/{key}" if self._prefix else key
 
     def _create(self, ref: ArtifactRef, data: bytes) -> None:
         self._write(ref, data, {"IfNoneMatch": "*"})
@@ -209,6 +228,9 @@ class S3Store:
                 if _code(error) in _NO_KEY:
                     raise missing(ref, self.describe()) from None
                 raise
+            except FlexibleChecksumError:
+                # Where the server keeps a checksum of its own, boto3 finds the damage before we do.
+                raise wrong_bytes(ref, "another checksum than the server noted", self.describe()) from None
             except (HTTPClientError, IncompleteReadError, OSError):
                 # A body that breaks off or stalls comes after boto3's own retries, which see only the headers.
                 if attempt == ATTEMPTS:

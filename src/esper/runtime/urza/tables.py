@@ -156,6 +156,17 @@ facts = Table(
     UniqueConstraint("run_id", "adaptation_id", "decides"),
 )
 
+markers = Table(
+    "markers",
+    metadata,
+    _run_id(primary_key=True),
+    Column("adaptation_id", String(ADAPTATION_ID_LENGTH), primary_key=True),
+    Column("kernel", String(DIGEST_LENGTH), nullable=False),
+    # The lease under which the kernel is being executed for the first time; none while it is not.
+    Column("opened", BigInteger),
+    Column("crashes", Integer, nullable=False),
+)
+
 reports = Table(
     "reports",
     metadata,

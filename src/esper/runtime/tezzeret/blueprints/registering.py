@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import JsonValue
+
 from esper.contracts.assets import Blueprint
 from esper.contracts.assets import Hyperparameters
 from esper.contracts.assets import SiteContract
@@ -47,13 +49,15 @@ def register_blueprint(
     version: int = 1,
     capacity_free: bool = False,
     spans_pair: bool = False,
+    graph: dict[str, JsonValue] | None = None,
 ) -> Callable[[BlueprintFunction], BlueprintFunction]:
     """Register a function as a blueprint: it gets a site's contract and hyperparameters and returns IR.
 
     `host_kinds` are kinds of sites, or `("*",)` for all; `fits(site)` may refuse one of them with a reason. `reads`
     says what the kernel's `x` is: the host's input, or its output so far. `site_defaults(site)` overrides `defaults`
     where they depend on the site; both must name the same hyperparameters. `spans_pair` says that the kernel reads a
-    site and adds to the next one (`SiteNode.widen_output`). Raises BlueprintError ESP-421 when the name is taken.
+    site and adds to the next one (`SiteNode.widen_output`); `graph` is the template of one that was submitted as data.
+    Raises BlueprintError ESP-421 when the name is taken.
     """
     blueprint = Blueprint(
         name=name,
@@ -63,6 +67,8 @@ def register_blueprint(
         host_kinds=tuple(host_kinds),
         defaults=dict(defaults),
         capacity_free=capacity_free,
+        reads=reads,
+        graph=graph,
     )
 
     def register(function: BlueprintFunction) -> BlueprintFunction:

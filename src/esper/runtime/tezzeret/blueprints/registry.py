@@ -2,8 +2,8 @@
 
 A blueprint is a registered function; everything that lists, costs, builds or documents blueprints reads the
 registry. No torch is imported: the strategist weighs blueprints by their cost. Besides the packaged ones it knows what
-the entry points of the group `esper.blueprints` of installed distributions register when they are imported, and
-whatever else this process registers.
+the entry points of the group `esper.blueprints` of installed distributions register when they are imported, what was
+submitted as data (`sources`, asked for a name that nobody knows), and whatever else this process registers.
 """
 
 import difflib
@@ -26,6 +26,8 @@ from esper.runtime.tezzeret.blueprints import depth
 from esper.runtime.tezzeret.blueprints import gates
 from esper.runtime.tezzeret.blueprints import heads
 from esper.runtime.tezzeret.blueprints import pairs
+from esper.runtime.tezzeret.blueprints import sources
+from esper.runtime.tezzeret.blueprints.documents import learn
 from esper.runtime.tezzeret.blueprints.parts import CONVOLUTIONS
 from esper.runtime.tezzeret.blueprints.parts import graph
 from esper.runtime.tezzeret.blueprints.parts import host_convolution
@@ -211,6 +213,10 @@ def _load_installed() -> None:
 def registered(name: str) -> Registered:
     """All that is known of a blueprint. Raises BlueprintError ESP-421 with near names."""
     _load_installed()
+    if name not in TABLE:
+        for source in sources.SOURCES:
+            for blueprint in source():
+                learn(blueprint)
     entry = TABLE.get(name)
     if entry is None:
         near = difflib.get_close_matches(name, TABLE, n=1)

@@ -5,9 +5,13 @@ from time import monotonic
 from esper.contracts.enums import FactKind
 from esper.contracts.operational import Fact
 from esper.contracts.operational import JudgeReport
+from esper.runtime.failpoints import hit
 from esper.runtime.tolaria.live.delivery import missed_fact
 from esper.runtime.tolaria.live.delivery import prepare_kernel
 from esper.runtime.tolaria.live.facts import Expected
+from esper.runtime.tolaria.live.kernel_faults.quarantine import is_left_out
+from esper.runtime.tolaria.live.kernel_faults.quarantine import marked
+from esper.runtime.tolaria.live.kernel_faults.strikes import opened_breaker
 from esper.runtime.tolaria.live.live_run import VERDICTS
 from esper.runtime.tolaria.live.live_run import LiveRun
 from esper.runtime.tolaria.live.shared_run import Phase
@@ -45,20 +49,21 @@ def pass_boundary(shared: SharedRun, phase: Phase) -> None:
 
 
 def serve_checkpoints(shared: SharedRun, phase: Phase) -> None:
-    """Commit for those who asked, where training stands. The caller has the turn."""
+    """Copy the run where training stands for those who asked, and tell them which commit to wait for: training goes
+    on meanwhile. The caller has the turn."""
     with shared.turn.condition:
         requests, shared.requests = shared.requests, []
     if not requests:
         return
     try:
         shared.run.wait_for_writer(lambda commit: shared.stall_for(commit, phase))
-        committed = shared.stall_for(shared.run.commit(), phase)
+        commit = shared.run.commit()
     except BaseException as error:
         for request in requests:
             request.set_exception(error)
         raise
     for request in requests:
-        request.set_result(committed.head)
+        request.set_result(commit)
     with shared.turn.condition:
         shared.turn.condition.notify_all()
 
@@ -82,7 +87,9 @@ def take_verdict(shared: SharedRun, phase: Phase) -> JudgeReport:
         shared.turn.moved()
         phase("judging")
 
+    hit("judge.before_twin")
     twin, judgement = run.judge_held(tick, lambda commit: shared.stall_for(commit, phase))
+    hit("judge.before_verdict")
     graft = held.fact
     fact = shared.book.find(graft.adaptation_id, *VERDICTS.values())
     if fact is None:
@@ -100,16 +107,26 @@ def _execute(shared: SharedRun, fact: Fact, phase: Phase) -> None:
         take_verdict(shared, phase)
     else:
         run.execute(fact)
+    opened = opened_breaker(run) if fact.kind is FactKind.STRIKE else None
+    if opened is not None:
+        shared.record(opened)
 
 
 def _graft(shared: SharedRun, fact: Fact, phase: Phase) -> None:
     run = shared.run
     kernel = shared.prepared.pop(fact.adaptation_id, None)
+    with shared.turn.condition:
+        left_out = is_left_out(shared.book, fact)
+    if left_out:
+        run.leave_out(fact)
+        return
     if kernel is None and fact.delivery is not None:
         kernel = prepare_kernel(fact.delivery, shared.store, run.trainee.plan.device)
     if kernel is None:
         raise ValueError(f"the graft of {fact.adaptation_id} carries no delivery")
-    refusal = run.graft(fact, kernel, lambda commit: shared.stall_for(commit, phase))
+    hit("graft.kernel_prepared")
+    with marked(shared, fact):
+        refusal = run.graft(fact, kernel, lambda commit: shared.stall_for(commit, phase))
     if refusal is not None:
         shared.record(_ending(run, fact, FactKind.CULL, refusal))
 

@@ -16,6 +16,7 @@ from esper.contracts.orders import InstallResult
 from esper.errors import GrowthError
 from esper.errors import IntegrityError
 from esper.errors import SiteError
+from esper.runtime.failpoints import hit
 from esper.runtime.kasmina.lifecycle import REMOVABLE
 from esper.runtime.tezzeret.build import KernelModule
 from esper.runtime.tolaria.live.compilation import compile_kernel
@@ -39,21 +40,26 @@ def install(shared: SharedRun, delivery: KernelDelivery) -> InstallResult:
     """Record the graft of a delivered kernel, any number of times once, with the kernel ready in memory before.
 
     A delivery that cannot be grafted is recorded as missed, so that training does not wait for it. Raises what the
-    store raises when it cannot be reached: then nothing was recorded, and the order may be given again.
+    store raises when it cannot be reached: where that happens at the record, which may stand then, the session is over.
     """
+    hit("delivery.received")
     adaptation = delivery.adaptation
     with shared.turn.condition:
         shared.turn.check()
-        recorded = shared.book.delivery(adaptation.adaptation_id)
+        recorded = shared.book.find(adaptation.adaptation_id, FactKind.QUARANTINE)
+        recorded = recorded or shared.book.delivery(adaptation.adaptation_id)
     if recorded is not None:
         return _result(recorded)
     kernel: KernelModule | None = None
     refusal: _Refusal | None = None
     try:
+        if delivery.kernel in shared.quarantined:
+            raise GrowthError("ESP-437", f"kernel {delivery.kernel[:19]} is in quarantine: it ended its process twice")
         kernel = prepare_kernel(delivery, shared.store, shared.run.trainee.plan.device)
         _compile(shared, kernel)
     except (IntegrityError, GrowthError) as error:
         refusal = _Refusal(f"rejected: {error.message}")
+    hit("delivery.fetched")
     with shared.turn.condition:
         recorded = shared.book.delivery(adaptation.adaptation_id)
         if recorded is not None:
@@ -62,7 +68,8 @@ def install(shared: SharedRun, delivery: KernelDelivery) -> InstallResult:
         refusal = refusal or _refusal(shared, delivery, step)
         if kernel is not None and refusal is None:
             shared.prepared[adaptation.adaptation_id] = kernel
-        shared.book.reserve(adaptation.adaptation_id, step)
+        shared.book.reserve(adaptation.adaptation_id, step, graft=refusal is None)
+    hit("delivery.reserved")
     run = shared.run
     try:
         if refusal is None:
@@ -73,6 +80,7 @@ def install(shared: SharedRun, delivery: KernelDelivery) -> InstallResult:
         with shared.turn.condition:
             shared.book.release(adaptation.adaptation_id)
             shared.turn.condition.notify_all()
+    hit("delivery.recorded")
     if refusal is not None and refusal.stale:
         return InstallResult(adaptation_id=adaptation.adaptation_id, accepted=False, fact=None, reason=refusal.reason)
     return _result(recorded)
@@ -126,6 +134,7 @@ def remove(shared: SharedRun, adaptation_id: str) -> InstallResult:
         with shared.turn.condition:
             shared.book.release(adaptation_id)
             shared.turn.condition.notify_all()
+    hit("remove.before_answer")
     return InstallResult(adaptation_id=adaptation_id, accepted=True, fact=recorded, reason="being removed")
 
 
@@ -165,6 +174,8 @@ def _refusal(shared: SharedRun, delivery: KernelDelivery, step: int) -> _Refusal
     other = pending or (held.fact if held is not None else None)
     if other is not None:
         return _Refusal(f"conflict: {other.adaptation_id} is on probation")
+    if shared.book.grafting not in (None, adaptation.adaptation_id):
+        return _Refusal(f"conflict: {shared.book.grafting} is being grafted")
     if seed.state is not SeedState.DORMANT:
         return _Refusal(f"conflict: seed {seed.index} at {seed.site} is {seed.state}")
     if adaptation.apply_step is not None and step != adaptation.apply_step:

@@ -15,6 +15,7 @@ from esper.errors import IntegrityError
 from esper.runtime.kasmina.cache import kernel_cache
 from esper.runtime.tezzeret.artifact import KernelFiles
 from esper.runtime.tezzeret.build import KernelModule
+from esper.runtime.tezzeret.build import load_kernel
 from esper.runtime.tolaria.plan import TrainingPlan
 from esper.runtime.tolaria.store import SessionStore
 
@@ -31,9 +32,8 @@ def prepare_kernel(delivery: KernelDelivery, store: SessionStore, device: torch.
     if module is None:
         files = KernelFiles(store.get(delivery.manifest), store.get(delivery.weights))
         cache.put(files, delivery.kernel)
-        module = cache.get(delivery.kernel)
-    if module is None:
-        raise RuntimeError(f"kernel {delivery.kernel} left the cache at once")
+        # Under pressure it may have left the cache already.
+        module = cache.get(delivery.kernel) or load_kernel(files, delivery.kernel)
     return module.to(device)
 
 

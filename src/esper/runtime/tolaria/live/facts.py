@@ -9,7 +9,7 @@ from esper.contracts.operational import ScheduledAdaptation
 from esper.errors import IntegrityError
 from esper.runtime.tolaria.live.run_state import RunState
 
-_CHANGES = frozenset({FactKind.GRAFT, FactKind.FOSSILIZE, FactKind.CULL, FactKind.REMOVE})
+_CHANGES = frozenset(FactKind) - {FactKind.MISSED, FactKind.STOP}
 """Facts that change the model: one of these that a checkpoint beyond it lacks can never be made good."""
 
 
@@ -31,9 +31,10 @@ class FactBook:
     """Plain data; whoever calls holds the session's lock."""
 
     def __init__(self, facts: Iterable[Fact] = (), frontier: int = 0) -> None:
-        self._facts: dict[tuple[str, FactKind], Fact] = {}
+        self._facts: dict[tuple[str, str], Fact] = {}
         self._expected: dict[str, ScheduledAdaptation] = {}
         self._unresolved: dict[str, int] = {}
+        self._grafting: str | None = None
         self._frontier = frontier
         for fact in facts:
             self.record(fact)
@@ -52,12 +53,13 @@ class FactBook:
 
     def record(self, fact: Fact) -> None:
         """A fact stands in the ledger."""
-        self._facts[fact.adaptation_id, fact.kind] = fact
+        self._facts[fact.adaptation_id, fact.name] = fact
         self.advance_frontier(fact.apply_step)
 
     def find(self, adaptation_id: str, *kinds: FactKind) -> Fact | None:
-        """The first recorded fact of the adaptation among `kinds`."""
-        return next((self._facts[adaptation_id, kind] for kind in kinds if (adaptation_id, kind) in self._facts), None)
+        """The first recorded fact of the adaptation among `kinds`, of which strikes are none."""
+        names = (kind.value for kind in kinds)
+        return next((self._facts[adaptation_id, name] for name in names if (adaptation_id, name) in self._facts), None)
 
     def delivery(self, adaptation_id: str) -> Fact | None:
         """The fact that ruled over the delivery: a graft, or a missed one."""
@@ -72,12 +74,21 @@ class FactBook:
         """What is scheduled and has no fact yet."""
         return tuple(item for key, item in self._expected.items() if self.delivery(key) is None)
 
-    def reserve(self, adaptation_id: str, step: int) -> None:
-        """From now until `release`, training does not pass `step`: a fact for it is being recorded."""
+    def reserve(self, adaptation_id: str, step: int, *, graft: bool = False) -> None:
+        """From now until `release`, training does not pass `step`: a fact for it, or a `graft`, is being recorded."""
         self._unresolved[adaptation_id] = step
+        if graft:
+            self._grafting = adaptation_id
 
     def release(self, adaptation_id: str) -> None:
         self._unresolved.pop(adaptation_id, None)
+        if self._grafting == adaptation_id:
+            self._grafting = None
+
+    @property
+    def grafting(self) -> str | None:
+        """The adaptation whose graft is being recorded right now."""
+        return self._grafting
 
     def pending_graft(self, state: RunState) -> Fact | None:
         """A recorded graft that is yet to be made."""

@@ -1,11 +1,15 @@
 """What a row costs: floating point operations counted by torch itself, once for each structure of the model."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from esper.runtime.kasmina.lifecycle import LIVE
 from esper.runtime.kasmina.wrapping.undisturbed import undisturbed
+from esper.runtime.tolaria.live.surgery import all_seeds
+from esper.runtime.tolaria.live.surgery import asleep
 from esper.runtime.tolaria.live.surgery import eager_kernels
 from esper.runtime.tolaria.trainee import Trainee
 
@@ -19,7 +23,21 @@ class RowCost:
 
 
 def measure(trainee: Trainee) -> RowCost:
-    """Count one batch of the training data; the model, its gradients and the generators are left as they were."""
+    """Count one batch of the training data; the model, its gradients and the generators are left as they were. Where a
+    kernel on probation fails, its share is left out."""
+    try:
+        return _counted(trainee)
+    except Exception:
+        on_probation = [seed for seed in all_seeds(trainee.model) if seed.state in LIVE]
+        if not on_probation:
+            raise
+    with ExitStack() as stack:
+        for seed in on_probation:
+            stack.enter_context(asleep(trainee.model, seed.site, seed.index))
+        return _counted(trainee)
+
+
+def _counted(trainee: Trainee) -> RowCost:
     plan = trainee.plan
     rows = plan.probed[: plan.config.training.batch_size]
     batch = plan.train.peek(rows)

@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from contextlib import nullcontext
 
 from esper.contracts.enums import FactKind
 from esper.contracts.enums import Verdict
 from esper.contracts.operational import Fact
 from esper.contracts.operational import JudgeReport
 from esper.contracts.operational import LayerGraph
+from esper.runtime.failpoints import hit
 from esper.runtime.kasmina.lineage import layer_graph
 from esper.runtime.kasmina.telemetry import Telemetry
+from esper.runtime.kasmina.wrapping.morphable import model_state
 from esper.runtime.tezzeret.build import KernelModule
 from esper.runtime.tolaria.checkpoint import Snapshot
 from esper.runtime.tolaria.checkpoint import restore
@@ -66,6 +70,11 @@ class LiveRun:
         return self.trainee.step
 
     @property
+    def changed(self) -> bool:
+        """Whether a fact was executed that no head holds yet."""
+        return self._changed
+
+    @property
     def committed(self) -> bool:
         """Whether the head of just this state stands, or is on its way."""
         return not self._changed and self._submitted_step == self.step
@@ -78,18 +87,29 @@ class LiveRun:
         nodes = (node.model_copy(update={"seeds": tuple(seeds[node.contract.site])}) for node in self._graph.nodes)
         return self._graph.model_copy(update={"nodes": tuple(nodes)})
 
-    def take_step(self) -> int:
-        """One step, with the blocks that are on their way out; returns the rows of its batch."""
-        if not self.state.ramps:
+    def take_step(self, *, checked: bool = False) -> int:
+        """One step, with the blocks that are on their way out, and without a kernel that has failed it; returns the
+        rows of its batch. `checked` is that of `Trainee.advance`."""
+        held = self.state.held
+        if not self.state.ramps and held is None:
             rows = self.trainee.advance(self.telemetry)
             self.meter.count(rows)
             return rows
         surgery.follow_ramps(self.trainee, self.state)
-        rows = self.trainee.advance(self.telemetry)
+        struck = held is not None and held.struck_at == self.step
+        left_out: AbstractContextManager[None] = nullcontext()
+        if held is not None and struck:
+            left_out = surgery.asleep(self.trainee.model, *surgery.place_of(held.fact))
+        with left_out:
+            rows = self.trainee.advance(self.telemetry, checked=checked)
         self.meter.count(rows)
+        if not struck:
+            self.state = surgery.recover(self.trainee, self.state)
         if any(self.step >= ramp.end_step for ramp in self.state.ramps):
+            hit("remove.before_excision")
             self._restructuring()
             self.state = surgery.end_ramps(self.trainee, self.state)
+            hit("remove.after_excision")
         return rows
 
     def count_flops(self) -> None:
@@ -105,14 +125,24 @@ class LiveRun:
         """Copy the run and hand it to the writer, which must be idle."""
         return self._submit(self._copy(), report, samples)
 
+    def report(self, report: ReportMaker) -> Future[Committed]:
+        """Hand a report to the writer, which must be idle, without a head of its own."""
+        self._submitted = self._writer.submit_report(report)
+        return self._submitted
+
     def _copy(self) -> Snapshot:
+        hit("commit.before_snapshot")
+        if self._changed:
+            hit("change.before_head")
         self.count_flops()
         held = self.state.held
         if held is not None and held.start is None and self._start is not None:
             start = self._start.result().manifest
             self.state = self.state.model_copy(update={"held": held.model_copy(update={"start": start})})
         self._changed, self._submitted_step = False, self.step
-        return snapshot(self.trainee, self.state)
+        taken = snapshot(self.trainee, self.state)
+        hit("commit.after_snapshot")
+        return taken
 
     def _submit(
         self, taken: Snapshot, report: ReportMaker | None = None, samples: SampleMaker | None = None
@@ -138,7 +168,9 @@ class LiveRun:
         # At the cost before the graft: counting the new structure can wait until the epoch is over.
         self.count_probe(2 * surgery.BIRTH_ROWS * self.meter.cost(self.trainee).forward)
         self._restructuring()
+        hit("graft.before_surgery")
         self.state, refusal = surgery.graft(self.trainee, self.state, fact, kernel)
+        hit("graft.after_surgery")
         if taken is not None:
             self._submit(taken)
         if self.state.held is not None:
@@ -146,28 +178,38 @@ class LiveRun:
         self._done(fact)
         return refusal
 
+    def leave_out(self, graft: Fact) -> None:
+        """A graft that is never made."""
+        self._done(graft)
+
     def execute(self, fact: Fact) -> None:
         """Execute a fact that is neither a graft nor a verdict."""
         match fact.kind:
             case FactKind.REMOVE:
                 self.state = surgery.begin_removal(self.trainee, self.state, fact)
+                hit("remove.begun")
             case FactKind.CULL:
                 self._restructuring()
                 self.state = surgery.discard(self.trainee, self.state, fact)
-            case FactKind.MISSED | FactKind.STOP | FactKind.QUARANTINE:
+            case FactKind.STRIKE:
+                self.state = surgery.strike(self.trainee, self.state, fact)
+            case FactKind.BREAKER | FactKind.QUARANTINE:
+                self._restructuring()
+                self.state = surgery.give_up(self.trainee, self.state, fact)
+            case FactKind.MISSED | FactKind.STOP:
                 pass
             case FactKind.GRAFT | FactKind.FOSSILIZE:
                 raise ValueError(f"{fact.kind} of {fact.adaptation_id} is not executed by itself")
         self._done(fact)
 
-    def look(self) -> RunState:
-        """At the end of an epoch: the state with the losses of a graft whose verdict is near."""
+    def look(self) -> HeldGraft | None:
+        """At the end of an epoch: the graft on probation, with its losses if its verdict is near."""
         held, trainee = self.state.held, self.trainee
         if held is None or not look_is_due(trainee, held.fact.judge_step):
-            return self.state
+            return held
         self.count_probe(trainee.plan.judge_rows * self.meter.cost(trainee).forward)
         losses = chunk_losses(trainee.model, trainee.plan.validation, trainee.plan.judged, trainee.plan.loss)
-        return self.state.model_copy(update={"held": held.model_copy(update={"looks": (*held.looks, tuple(losses))})})
+        return held.model_copy(update={"looks": (*held.looks, tuple(losses))})
 
     def judge_held(self, tick: Tick, wait: Wait) -> tuple[Twin, Judgement]:
         """Train the twin of the graft on probation to the present step and compare the two on the judge slice."""
@@ -187,9 +229,13 @@ class LiveRun:
         """Execute a verdict: the recorded fact rules, also where it is not what was found."""
         self._restructuring()
         if fact.kind is FactKind.FOSSILIZE:
+            hit("keep.before_fossilization")
             self.state = surgery.keep(self.trainee, self.state, fact)
+            hit("keep.after_fossilization")
         else:
+            hit("cull.before_adoption")
             self._adopt(fact, twin)
+            hit("cull.after_adoption")
         self.count_probe(twin.flops)
         verdict = next(verdict for verdict, kind in VERDICTS.items() if kind is fact.kind)
         report = judge_report(self.run_id, fact.adaptation_id, self.step, verdict, judgement, twin.flops)
@@ -201,8 +247,11 @@ class LiveRun:
         """The run goes on as one that never grafted: the twin's model, optimizer, generators and early stopping."""
         site, seed = surgery.place_of(fact)
         twin.trainee.completed = self.trainee.completed
+        # It counts changes, and going back is one: a model's generation never falls.
+        model_state(twin.trainee.model).generation = model_state(self.trainee.model).generation + 1
         self.trainee = twin.trainee
         self.telemetry = Telemetry(self.trainee.model)
+        hit("cull.in_adoption")
         restore_random_state(twin.random)
         surgery.free_slot(self.trainee.model, site, seed)
         self.state = self.state.model_copy(
@@ -225,6 +274,7 @@ class LiveRun:
     def _done(self, fact: Fact) -> None:
         self.state = self.state.model_copy(update={"executed": (*self.state.executed, fact)})
         self._changed = True
+        hit("fact.executed", fact.kind.value)
 
 
 def judge_report(

@@ -20,11 +20,16 @@ class HeldGraft(Contract):
     """The graft on probation. `start` is the manifest of the checkpoint just before it: where its twin begins.
 
     `looks` are its losses by chunk of the judge slice at the last epoch ends before the verdict, and at the verdict.
+    `strikes` are the steps in a row that its kernel failed, `all_strikes` those since the graft; at `struck_at` its
+    kernel is not executed.
     """
 
     fact: Fact
     start: ArtifactRef | None = None
     looks: tuple[tuple[float, ...], ...] = ()
+    strikes: Count = 0
+    all_strikes: Count = 0
+    struck_at: Count | None = None
 
 
 class Ramp(Contract):
@@ -67,7 +72,7 @@ class RunState(Contract):
     probe_flops: NonNegative = 0.0
 
     def has_executed(self, fact: Fact) -> bool:
-        return any(done.adaptation_id == fact.adaptation_id and done.kind is fact.kind for done in self.executed)
+        return any(done.adaptation_id == fact.adaptation_id and done.name == fact.name for done in self.executed)
 
 
 def watch(state: EarlyStop, config: EarlyStopConfig, value: float, epoch: int, *, held: bool) -> EarlyStop:

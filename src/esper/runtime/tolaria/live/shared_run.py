@@ -8,11 +8,13 @@ from dataclasses import field
 from math import ceil
 from time import monotonic
 
+from esper.contracts.base import Digest
 from esper.contracts.operational import Fact
-from esper.contracts.operational import HeadRef
-from esper.errors import LeaseLost
+from esper.errors import EsperError
+from esper.runtime.failpoints import hit
 from esper.runtime.tezzeret.build import KernelModule
 from esper.runtime.tolaria.live.facts import FactBook
+from esper.runtime.tolaria.live.kernel_faults.pace import Pace
 from esper.runtime.tolaria.live.live_run import LiveRun
 from esper.runtime.tolaria.live.turns import Turn
 from esper.runtime.tolaria.live.writer import Committed
@@ -40,18 +42,28 @@ class SharedRun:
     store: SessionStore
     passed: int
     prepared: dict[str, KernelModule] = field(default_factory=dict)
-    requests: list[Future[HeadRef]] = field(default_factory=list)
+    quarantined: frozenset[Digest] = frozenset()
+    """Kernels that are never executed again, as they were known when the run was loaded."""
+    requests: list[Future[Future[Committed]]] = field(default_factory=list)
+    """Who asked for a checkpoint: each is told the commit that holds it."""
     stall_seconds: float = 0.0
+    pace: Pace | None = field(default_factory=Pace)
+    """How long steps take; none where timings have no say."""
     began: tuple[int, float] | None = None
     """Step and monotonic second at which the last order to train began."""
 
     def record(self, fact: Fact) -> Fact:
-        """Insert a fact, or find what rules in its place. Called without the lock: it blocks."""
+        """Insert a fact, or find what rules in its place. Called without the lock: it blocks.
+
+        A store that fails is the end of the session: the fact may stand, and training must not pass its step.
+        """
+        hit("fact.before_insert", fact.kind.value)
         try:
             recorded = self.store.insert_fact(fact)
-        except LeaseLost as error:
+        except EsperError as error:
             self.turn.fail(error)
             raise
+        hit("fact.after_insert", fact.kind.value)
         with self.turn.condition:
             self.book.record(recorded)
             self.turn.condition.notify_all()
@@ -76,8 +88,9 @@ class SharedRun:
             self.turn.fail(error)
             raise error
         committed = commit.result()
+        hit("commit.before_acknowledgement")
         with self.turn.condition:
-            self.book.advance_frontier(committed.head.step)
+            self.book.advance_frontier(committed.head.step if committed.report is None else committed.report.step)
         return committed
 
     def chosen_step(self) -> int:

@@ -76,8 +76,8 @@ def graft(trainee: Trainee, state: RunState, fact: Fact, kernel: KernelModule) -
     site, seed = place_of(fact)
     output_site = kernel.manifest.site.output_site
     rows = trainee.plan.train.peek(trainee.plan.probed[:BIRTH_ROWS])
+    before = _outputs(trainee, output_site, rows)
     try:
-        before = _outputs(trainee, output_site, rows)
         growth.attach(
             trainee.model,
             site,
@@ -89,8 +89,13 @@ def graft(trainee: Trainee, state: RunState, fact: Fact, kernel: KernelModule) -
         )
     except EsperError as error:
         return state, f"rejected: {error.message}"
+    except Exception as error:
+        return state, f"rejected: it raised {type(error).__name__}: {error}"
     held = state.model_copy(update={"held": HeldGraft(fact=fact)})
-    changed = _largest_change(before, _outputs(trainee, output_site, rows))
+    try:
+        changed = _largest_change(before, _outputs(trainee, output_site, rows))
+    except Exception as error:
+        return held, f"rejected: it raised {type(error).__name__}: {error}"
     return held, None if changed == 0.0 else f"rejected: its birth changed the output by {changed:.3g}"
 
 
@@ -110,6 +115,55 @@ def discard(trainee: Trainee, state: RunState, fact: Fact) -> RunState:
     else:
         free_slot(trainee.model, site, seed)
     return state.model_copy(update={"held": None})
+
+
+def strike(trainee: Trainee, state: RunState, fact: Fact) -> RunState:
+    """The kernel has failed the step that comes: that step is taken without it. Changes nothing where the kernel is no
+    longer on probation."""
+    held = state.held
+    if held is None or held.fact.adaptation_id != fact.adaptation_id:
+        return state
+    _become(trainee.model, fact, SeedState.ERROR_RECOVERY)
+    counts = {"strikes": held.strikes + 1, "all_strikes": held.all_strikes + 1, "struck_at": fact.apply_step}
+    return state.model_copy(update={"held": held.model_copy(update=counts)})
+
+
+def recover(trainee: Trainee, state: RunState) -> RunState:
+    """The kernel on probation has done a step again: its strikes are no longer in a row."""
+    held = state.held
+    if held is None or held.strikes == 0:
+        return state
+    _become(trainee.model, held.fact, SeedState.TRAINING)
+    return state.model_copy(update={"held": held.model_copy(update={"strikes": 0, "struck_at": None})})
+
+
+def give_up(trainee: Trainee, state: RunState, fact: Fact) -> RunState:
+    """A breaker or a quarantine: the kernel goes at once, if it is there, and its slot is free under the next
+    generation."""
+    site, seed = place_of(fact)
+    record = seed_of(trainee.model, site, seed)
+    if record is None or record.adaptation_id not in (None, fact.adaptation_id):
+        return state
+    return discard(trainee, state, fact)
+
+
+@contextmanager
+def asleep(model: nn.Module, site: str, seed: int) -> Iterator[None]:
+    """Inside, a kernel that is part of the model is not executed."""
+    slot = state_of(site_named(model, site)).slots[seed]
+    alpha = slot.alpha
+    growth.set_alpha(model, site, seed, 0.0)
+    try:
+        yield
+    finally:
+        growth.set_alpha(model, site, seed, alpha)
+
+
+def _become(model: nn.Module, fact: Fact, state: SeedState) -> None:
+    site, seed = place_of(fact)
+    record = seed_of(model, site, seed)
+    if record is not None and record.state is not state:
+        growth.set_state(model, site, seed, state)
 
 
 def free_slot(model: nn.Module, site: str, seed: int) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from esper.contracts.enums import FactKind
 from esper.contracts.operational import Fact
+from esper.runtime.failpoints import hit
 from esper.runtime.tolaria.checkpoint import Restored
 from esper.runtime.tolaria.checkpoint import resume
 from esper.runtime.tolaria.evaluation import JUDGE_LOOKS
@@ -81,4 +82,5 @@ def train_twin(
                     looks.append(tuple(chunk_losses(trainee.model, plan.validation, plan.judged, plan.loss)))
                     flops += plan.judge_rows * meter.cost(trainee).forward
                 trainee.end_epoch()
+                hit("judge.in_twin")
         return Twin(trainee, state, capture_random_state(), flops, tuple(looks))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from esper.contracts.assets import ArtifactRef
 from esper.contracts.operational import EpochReport
 from esper.contracts.operational import HeadRef
+from esper.runtime.failpoints import hit
 from esper.runtime.tezzeret.samples import SiteSamples
 from esper.runtime.tezzeret.samples import pack_samples
 from esper.runtime.tolaria.checkpoint import Snapshot
@@ -59,10 +60,24 @@ class HeadWriter:
         self._running = self._thread.submit(self._commit, taken, report, samples)
         return self._running
 
+    def submit_report(self, report: ReportMaker) -> Future[Committed]:
+        """Record a report without a head of its own: it names the newest one that stands."""
+        if self._running is not None and not self._running.done():
+            raise RuntimeError("a commit is still in flight")
+        self._running = self._thread.submit(self._report, report)
+        return self._running
+
     def close(self) -> None:
         """Wait for the commit in flight, and end the threads."""
         self._thread.shutdown(wait=True)
         self._files.shutdown(wait=True)
+
+    def _report(self, report: ReportMaker) -> Committed:
+        if self._last is None:
+            raise RuntimeError("a run has a head before it has a report")
+        made = report(self._last.head, None)
+        self._store.record_report(made)
+        return Committed(self._last.head, self._last.manifest, made)
 
     def _commit(self, taken: Snapshot, report: ReportMaker | None, samples: SampleMaker | None) -> Committed:
         taken_samples = samples() if samples is not None else {}
@@ -74,6 +89,8 @@ class HeadWriter:
             return self._last
         head = HeadRef(digest=manifest.digest, parent=parent, step=taken.step, epoch=taken.epoch)
         made = None if report is None else report(head, artifact)
+        hit("commit.before_head")
         committed = Committed(self._store.commit_head(head, manifest, parent, made), manifest, made)
+        hit("commit.after_head")
         self._last = committed
         return committed
