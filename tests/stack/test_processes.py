@@ -31,13 +31,14 @@ SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)"]
 
 
 def test_we_are_who_we_are() -> None:
+    own = Path(sys.executable).name
     me = identify(os.getpid())
     assert me is not None
     assert me == identify(os.getpid())
-    assert "pytest" in command_line(os.getpid())
-    assert is_ours(me, "pytest")
+    assert own in command_line(os.getpid())
+    assert is_ours(me, own)
     assert not is_ours(me, "no such word in it")
-    assert not is_ours(Identity(me.pid, "another start"), "pytest")
+    assert not is_ours(Identity(me.pid, "another start"), own)
 
 
 @pytest.mark.parametrize("pid", [0, -1, 2**22 + 1])
@@ -150,9 +151,10 @@ def test_without_proc_the_same_is_known_from_ps(monkeypatch: pytest.MonkeyPatch,
     def without_proc(path: str) -> Path:
         return tmp_path / "missing" if str(path).startswith("/proc") else real(path)
 
+    own = Path(sys.executable).name
     monkeypatch.setattr(processes, "Path", without_proc)
     me = identify(os.getpid())
     assert me is not None
     assert me == identify(os.getpid())
-    assert "pytest" in command_line(os.getpid())
+    assert own in command_line(os.getpid())
     assert identify(2**22 + 1) is None
