@@ -14,6 +14,7 @@ from tolaria_world import silent
 
 from esper.contracts.assets import ArtifactRef
 from esper.contracts.enums import FactKind
+from esper.contracts.operational import HeadRef
 from esper.errors import IntegrityError
 from esper.errors import LeaseLost
 from esper.runtime.tolaria.session import Session
@@ -255,3 +256,20 @@ def test_a_crash_between_rewind_and_quarantine_heals_by_the_next_put(
     assert len(quarantined(world)) == 1
     assert again.digest() == whole.digest()
     assert drive(config).session.describe().step == 14
+
+
+@pytest.mark.unchecked("I5", "I7")
+def test_a_checkpoint_of_a_newer_esper_is_whole_and_not_left(drive: Callable[..., Driver], world: World) -> None:
+    """Bad input 39: what this Esper cannot read is no damage; going back would throw good work away."""
+    driver = drive(make_config())
+    driver.train(1)
+    head = heads(world)[-1]
+    document = json.loads(world.objects.get(head.manifest)) | {"schema_version": 99}
+    manifest = world.objects.put(json.dumps(document).encode())
+    newer = HeadRef(digest=manifest.digest, parent=head.head.digest, step=14, epoch=2)
+    world.call(
+        world.library.commit_head(driver.lease, head=newer, manifest=manifest, parent=head.head.digest, report=None)
+    )
+    with pytest.raises(IntegrityError, match="format 99") as caught:
+        drive(make_config())
+    assert caught.value.code == "ESP-408" and world.call(world.library.rewinds("run")) == ()

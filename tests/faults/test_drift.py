@@ -89,6 +89,24 @@ def test_another_configuration_is_refused_by_its_fields_and_goes_on_only_when_ac
         load(world, make_config())
 
 
+def test_what_was_accepted_takes_effect(drive: Drive, world: World) -> None:
+    drive(make_config()).train(1)
+    head = world.call(world.library.run("run")).head
+    session = load(world, make_config(optimizer={"lr": 0.5}), accept_drift=True)
+    (report,) = Driver(world, session).train(2)
+    assert report.head.parent == head.digest
+    # The last of 14 steps of 42, after a warm-up of 4: the factor of a cosine is that of step 13.
+    expected = 0.5 * prepare(make_config())[0].schedule.factor(13)
+    assert report.learning_rate == pytest.approx(expected)
+
+
+def test_other_steps_an_epoch_cannot_be_accepted(drive: Drive, world: World) -> None:
+    drive(make_config()).train(1)
+    with pytest.raises(RunConflict, match=r"counts 7 steps an epoch, .* it would be 13") as caught:
+        load(world, make_config(training={"batch_size": 16}), accept_drift=True)
+    assert caught.value.code == "ESP-502" and world.call(world.library.drifts("run")) == ()
+
+
 @pytest.mark.fault("A14")
 def test_data_that_changed_under_a_run_are_refused_with_both_digests(
     drive: Drive, world: World, monkeypatch: pytest.MonkeyPatch

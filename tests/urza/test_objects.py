@@ -35,6 +35,9 @@ class Place:
     def overwrite(self, key: str, data: bytes) -> None:
         raise NotImplementedError
 
+    def content(self, key: str) -> bytes:
+        raise NotImplementedError
+
 
 class FolderPlace(Place):
     def __init__(self, folder: Path) -> None:
@@ -46,6 +49,9 @@ class FolderPlace(Place):
 
     def overwrite(self, key: str, data: bytes) -> None:
         (self.folder / key).write_bytes(data)
+
+    def content(self, key: str) -> bytes:
+        return (self.folder / key).read_bytes()
 
 
 class S3Place(Place):
@@ -59,6 +65,9 @@ class S3Place(Place):
 
     def overwrite(self, key: str, data: bytes) -> None:
         self.client.put_object(Bucket=self.bucket, Key=f"team/a/{key}", Body=data)
+
+    def content(self, key: str) -> bytes:
+        return self.client.get_object(Bucket=self.bucket, Key=f"team/a/{key}")["Body"].read()
 
 
 _buckets = iter(range(1_000_000))
@@ -165,6 +174,21 @@ def test_objects_are_listed_with_their_age_and_only_old_ones_go(place):
     assert place.store.exists(young)
     assert place.store.delete_older(young, -3600.0)
     assert not place.store.exists(young) and not place.store.delete_older(young, -3600.0)
+
+
+@pytest.mark.fault("D4")
+def test_a_damaged_object_is_set_aside_whole_and_its_name_is_free(place):
+    ref = place.store.put(DATA)
+    place.overwrite(object_key(ref), flipped(DATA))
+    place.store.set_aside(ref)
+    (kept,) = place.keys()
+    assert kept.startswith(f"damaged/{ref.digest.removeprefix('sha256:')}.")
+    assert place.content(kept) == flipped(DATA)
+    assert not place.store.exists(ref) and list(place.store.objects()) == []
+    place.store.set_aside(ref)
+    assert place.keys() == [kept]
+    place.store.put(DATA)
+    assert place.store.get(ref) == DATA and sorted(place.keys()) == [kept, object_key(ref)]
 
 
 @pytest.mark.fault("D4")

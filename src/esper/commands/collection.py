@@ -18,8 +18,9 @@ def collect_garbage(
 ) -> int:
     """Remove objects that no record of this database needs: mostly checkpoints between those that are kept.
 
-    Of each run stay the last two checkpoints and those before every decision that was not to wait. A store that
-    several databases share must not be collected: each knows only its own objects.
+    Of each run stay the last two checkpoints, those before every decision that was not to wait, and both sides of
+    every fork; `fork` trains others again. It may run beside trainers. A store that several databases share must not
+    be collected: each knows only its own objects.
     """
     import asyncio
 

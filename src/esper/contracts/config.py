@@ -68,6 +68,10 @@ class EarlyStopConfig(Contract):
 
 
 class CheckpointEvery(Contract):
+    """How often an epoch ends with a checkpoint. The last epoch does in any case, and so does every one in which the
+    model was changed or on which something may be ordered; a pause, a stop and a graft make one as well. The report of
+    every epoch is recorded at once: after a crash the epochs since the last checkpoint are trained again."""
+
     epochs: Annotated[int, Field(ge=1)] = 1
 
 

@@ -256,13 +256,21 @@ async def leases_given(connected: Client, run_id: str) -> int:
     return status.lease_gen
 
 
+async def raise_failure(connected: Client, run_id: str) -> None:
+    """Raise what ended the run's workflow, which is closed, if it failed."""
+    try:
+        await connected.get_workflow_handle(run_id).result()
+    except Exception as error:  # whatever ended it is what the person must read
+        raise from_failure(error) from error
+
+
 async def no_worker(connected: Client, run_id: str, waited: float) -> EsperError:
     """Why a run that was started has not been recorded: its workflow failed, or no worker polls the queue."""
     if await is_closed(connected, run_id):
         try:
-            await connected.get_workflow_handle(run_id).result()
-        except Exception as error:  # whatever ended it is what the person must read
-            return from_failure(error)
+            await raise_failure(connected, run_id)
+        except EsperError as error:
+            return error
     request = DescribeTaskQueueRequest(
         namespace=connected.namespace,
         task_queue=TaskQueue(name=queues.ORCHESTRATION),

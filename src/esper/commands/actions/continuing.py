@@ -156,9 +156,11 @@ def _refuse_completed(record: RunRecord, verb: str) -> None:
 
 
 async def _until_running(client: Client, library: Library, run_id: str) -> None:
-    """Until the resumed run is recorded as running: `watch` would else show the end of the former execution."""
+    """Until the resumed run is recorded as running: `watch` would else show the end of the former execution. Raises
+    what ended the new one before it came to that."""
     deadline = asyncio.get_running_loop().time() + ROW_TIMEOUT
     while (await library.run(run_id)).outcome in ENDED and asyncio.get_running_loop().time() < deadline:
         if await connections.is_closed(client, run_id):
+            await connections.raise_failure(client, run_id)
             return
         await asyncio.sleep(ROW_INTERVAL)

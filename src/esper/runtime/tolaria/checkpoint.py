@@ -38,9 +38,13 @@ from esper.runtime.tolaria.optimizer_state import capture_optimizer
 from esper.runtime.tolaria.optimizer_state import restore_optimizer
 from esper.runtime.tolaria.randomness import RandomState
 from esper.runtime.tolaria.randomness import capture_random_state
+from esper.runtime.tolaria.schedule import BASE_LR
 from esper.runtime.tolaria.trainee import Trainee
 
 SCHEMA_VERSION = 1
+
+_CONFIGURED = (BASE_LR, "weight_decay", "momentum")
+"""Settings of every group of an optimizer that the configuration makes: the rate itself follows from its schedule."""
 
 Put = Callable[[bytes], ArtifactRef]
 Get = Callable[[ArtifactRef], bytes]
@@ -253,8 +257,13 @@ def resume(trainee: Trainee, restored: Restored) -> RunState:
     `IntegrityError` (ESP-409) when the model or the optimizer is not the one that the checkpoint was made with.
     """
     manifest = restored.manifest
+    configured = {key: trainee.optimizer.param_groups[0].get(key) for key in _CONFIGURED}
     restore_model(trainee.model, restored)
     restore_optimizer(trainee.optimizer, trainee.model, restored.optimizer)
+    if trainee.plan.task_optimizer is None:
+        # The same as before, unless a branch or an accepted drift says otherwise.
+        for group in trainee.optimizer.param_groups:
+            group.update({key: value for key, value in configured.items() if key in group})
     trainee.step = manifest.step
     trainee.completed = manifest.epoch
     trainee.loss_sum.fill_(manifest.state.loss_sum)

@@ -7,8 +7,6 @@ on the way. What comes out must be what the records name, to the bit; else nothi
 from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from esper.contracts.assets import ArtifactRef
 from esper.contracts.operational import EpochReport
@@ -22,6 +20,7 @@ from esper.runtime.tolaria.checkpoint import restore
 from esper.runtime.tolaria.reproduction import Fresh
 from esper.runtime.tolaria.reproduction import RecordedRun
 from esper.runtime.tolaria.reproduction import Shelf
+from esper.runtime.tolaria.reproduction import scratch_folder
 from esper.runtime.tolaria.reproduction import train_again
 from esper.runtime.tolaria.session import Session
 from esper.runtime.tolaria.store import Progress
@@ -48,8 +47,8 @@ def train_to(
     # What was executed at the end of the epoch, such as a breaker that its evaluation opened, is part of it.
     facts = [fact for fact in recorded.facts if fact.apply_step < report.step or fact in report.facts]
     start = _start(recorded, report.step)
-    with TemporaryDirectory(prefix="esper-retraining-") as folder:
-        shelf = Shelf(replace(recorded, start=start), Path(folder))
+    with scratch_folder() as folder:
+        shelf = Shelf(replace(recorded, start=start), folder)
         head, manifest = start or (None, None)
         ledger = Fresh(facts, head, manifest)
         session = Session.load(

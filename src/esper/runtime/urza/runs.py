@@ -31,7 +31,8 @@ from esper.runtime.urza.tables import runs as run_table
 OUTCOMES: Mapping[Outcome, frozenset[Outcome]] = {
     Outcome.RUNNING: frozenset({Outcome.PAUSED, Outcome.COMPLETED, Outcome.STOPPED, Outcome.FAILED}),
     Outcome.PAUSED: frozenset({Outcome.RUNNING, Outcome.COMPLETED, Outcome.STOPPED, Outcome.FAILED}),
-    Outcome.STOPPED: frozenset({Outcome.RUNNING}),
+    # Failed without ever having run again: its checkpoint turned out to be damaged, its data to be gone.
+    Outcome.STOPPED: frozenset({Outcome.RUNNING, Outcome.FAILED}),
     Outcome.FAILED: frozenset({Outcome.RUNNING}),
     Outcome.COMPLETED: frozenset(),
 }

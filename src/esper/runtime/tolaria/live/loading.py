@@ -9,6 +9,7 @@ from pydantic import JsonValue
 from esper.contracts.base import Digest
 from esper.contracts.config import EsperConfig
 from esper.contracts.enums import FactKind
+from esper.errors import RunConflict
 from esper.runtime.failpoints import hit
 from esper.runtime.tezzeret.build import KernelModule
 from esper.runtime.tolaria.checkpoint import CheckpointManifest
@@ -79,6 +80,7 @@ def load_run(
     if not accept_drift:
         require_same_recipe(drift, run_id)
     if found is not None:
+        _require_same_epochs(ledger, plan, run_id)
         state, random = resume(trainee, found.restored), found.restored.random
         last = Committed(found.head, found.manifest)
         hit("load.after_resume")
@@ -133,6 +135,20 @@ def _check_watched(trainee: Trainee) -> None:
     config = trainee.plan.config.training.early_stop
     if config is not None and config.metric not in ("train_loss", "val_loss"):
         watched_value(config, measure_epoch(trainee, lambda: None))
+
+
+def _require_same_epochs(ledger: Ledger, plan: TrainingPlan, run_id: str) -> None:
+    """Other rows or another batch size move the steps at which epochs end, grafts are made and verdicts fall: that no
+    drift can be accepted for. Raises `RunConflict` (ESP-502)."""
+    last = ledger.reports[-1] if ledger.reports else None
+    if last is not None and last.step != last.epoch * plan.steps_per_epoch:
+        raise RunConflict(
+            "ESP-502",
+            f"run {run_id} counts {last.step // last.epoch} steps an epoch, with this batch size and these rows it "
+            f"would be {plan.steps_per_epoch}",
+            hint="Start another run with them",
+            run_id=run_id,
+        )
 
 
 def _note(
