@@ -110,9 +110,8 @@ def _cost(
 
 
 def _referenced(run: LiveRun, manifest: ArtifactRef) -> int:
-    document = read_manifest(manifest, run.objects.get)
-    parts = (document.model, document.frozen, document.optimizer, document.random)
-    return manifest.size_bytes + sum(part.size_bytes for part in parts if part is not None)
+    files = read_manifest(manifest, run.objects.get).files
+    return manifest.size_bytes + sum(file.size_bytes for file in files)
 
 
 def row(size: tuple[int, int], name: str, session: Session) -> tuple[str, ...]:

@@ -161,6 +161,19 @@ class Fact(Contract):
         """What it settles: a graft and a missed delivery of one adaptation exclude each other."""
         return FactKind.GRAFT.value if self.kind is FactKind.MISSED else self.name
 
+    def successor(self, kind: FactKind, apply_step: int, reason: str) -> "Fact":
+        """Another fact of the same adaptation at the same seed."""
+        return Fact(
+            run_id=self.run_id,
+            adaptation_id=self.adaptation_id,
+            kind=kind,
+            apply_step=apply_step,
+            seq=0,
+            site=self.site,
+            seed=self.seed,
+            reason=reason,
+        )
+
 
 class EpochReport(Contract):
     """What the trainer says of one finished epoch; committed in the transaction of its head."""

@@ -25,7 +25,6 @@ from esper.runtime.tolaria.branching import branch_off
 from esper.runtime.tolaria.retraining import files_of
 from esper.runtime.tolaria.retraining import is_whole
 from esper.runtime.tolaria.retraining import train_to
-from esper.runtime.tolaria.store import Progress
 from esper.runtime.urza.ledger import CommittedHead
 from esper.runtime.urza.objects import ObjectStore
 
@@ -83,15 +82,7 @@ def _train_again(report: EpochReport, store: ObjectStore) -> tuple[HeadRef, Arti
     _, recorded = asyncio.run(reproducing.recorded_run(report.run_id))
     reach_own_code()
     output.say(f"The checkpoint of epoch {report.epoch} is not there: it is trained again from the records.")
-    told = -1
-
-    def tick(progress: Progress) -> None:
-        nonlocal told
-        if progress.epoch != told:
-            told = progress.epoch
-            output.say(f"epoch {progress.epoch}, step {progress.step}")
-
-    return train_to(recorded, report, store.put, tick)
+    return train_to(recorded, report, store.put, reproducing.tell_epochs())
 
 
 async def _read(run_id: str, epoch: int) -> tuple[RunView, CommittedHead | None]:

@@ -1,7 +1,6 @@
 """`start-run`, from the checks to the output folder: a stack, the workflow, the live view, what was grown."""
 
 import asyncio
-import difflib
 import importlib.util
 import os
 import secrets
@@ -45,6 +44,7 @@ from esper.runtime.run_document import document_json
 from esper.runtime.run_document import write_output_folder
 from esper.runtime.temporal import queues
 from esper.runtime.tolaria.data.installed import installed_tasks
+from esper.runtime.tolaria.data.installed import unknown_task
 from esper.runtime.tolaria.data.targets import no_such_module
 from esper.runtime.tolaria.data.targets import refuse_standard
 from esper.runtime.urza.branches import Branch
@@ -155,13 +155,7 @@ def check_task_name(name: str) -> None:
     packaged = {load_config(None, quick_start=start, environment={}).task.name or "" for start in list_quick_starts()}
     known = sorted(packaged | set(installed_tasks()))
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        guess = f"Did you mean {near[0]}? " if near else ""
-        raise ConfigurationError(
-            "ESP-206",
-            f"task.name: there is no packaged or installed task {name!r}",
-            hint=f"{guess}Known are: {', '.join(known)}",
-        )
+        raise unknown_task(name, known)
 
 
 def check_target(target: str) -> None:

@@ -76,7 +76,8 @@ async def _histories(library: Library, record: RunRecord) -> list[str]:
     stored = await library.histories(run_id)
     if stored:
         store = connections.store()
-        return [(await asyncio.to_thread(store.get, history.events)).decode() for history in stored]
+        ordered = sorted(stored, key=lambda history: _numbered(history.workflow_id))
+        return [(await asyncio.to_thread(store.get, history.events)).decode() for history in ordered]
     client = await connections.client(record.config.temporal)
     fetched = await _fetch(client, run_id)
     if not fetched:
@@ -86,6 +87,12 @@ async def _histories(library: Library, record: RunRecord) -> list[str]:
             run_id=run_id,
         )
     return fetched
+
+
+def _numbered(workflow_id: str) -> tuple[str, int]:
+    """By parent and kind, then by the number of the epoch or the adaptation: 2 comes before 10."""
+    name = workflow_id.rstrip("0123456789")
+    return name, int(workflow_id[len(name) :] or 0)
 
 
 async def _fetch(client: Client, run_id: str) -> list[str]:

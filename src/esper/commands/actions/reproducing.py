@@ -1,6 +1,7 @@
 """`reproduce`: a run trained again from its records alone, and compared with them."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import asdict
 
 from esper.commands import output
@@ -24,15 +25,7 @@ def reproduce_run(run_id: str, *, as_json: bool) -> int:
     """
     record, recorded = asyncio.run(recorded_run(run_id))
     reach_own_code()
-    told = -1
-
-    def tick(progress: Progress) -> None:
-        nonlocal told
-        if progress.epoch != told:
-            told = progress.epoch
-            output.say(f"epoch {progress.epoch}, step {progress.step}")
-
-    outcome = reproduce(recorded, tick)
+    outcome = reproduce(recorded, tell_epochs())
     expected = record.finished.digest if record.finished is not None else None
     problems = _problems(outcome, expected)
     _write(outcome, expected, clean=not problems, as_json=as_json)
@@ -45,6 +38,19 @@ def reproduce_run(run_id: str, *, as_json: bool) -> int:
             run_id=run_id,
         )
     return 0
+
+
+def tell_epochs() -> Callable[[Progress], None]:
+    """Says each epoch that is trained again, once."""
+    told = -1
+
+    def tick(progress: Progress) -> None:
+        nonlocal told
+        if progress.epoch != told:
+            told = progress.epoch
+            output.say(f"epoch {progress.epoch}, step {progress.step}")
+
+    return tick
 
 
 def _problems(outcome: Reproduction, expected: str | None) -> list[str]:

@@ -75,6 +75,12 @@ class CheckpointManifest(Contract):
     growth: GrowthManifest
     state: RunState
 
+    @property
+    def files(self) -> tuple[ArtifactRef, ...]:
+        """The tensor files, those of the model first."""
+        fixed = () if self.frozen is None else (self.frozen,)
+        return (self.model, *fixed, self.optimizer, self.random)
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -197,14 +203,10 @@ def restore(manifest: ArtifactRef, fetch: Get) -> Restored:
     """Read a checkpoint back. Raises `IntegrityError` (ESP-407, ESP-408), or what the store raises when it is away."""
     get = _whole(fetch)
     document = _manifest(get(manifest))
+    fixed = {} if document.frozen is None else _unpack(get(document.frozen), "model")
     return Restored(
         manifest=document,
-        model={
-            name: tensor
-            for ref in (document.model, document.frozen)
-            if ref is not None
-            for name, tensor in _unpack(get(ref), "model").items()
-        },
+        model=_unpack(get(document.model), "model") | fixed,
         optimizer=OptimizerState(
             document.optimizer_kind,
             document.groups,
@@ -223,15 +225,18 @@ def recipe_drift(
     if "model.structure" not in then:
         # It was made before Esper noted model and data: what it does not say cannot differ.
         now = {key: value for key, value in now.items() if key in then or key not in identity}
-    return {
-        key: (then.get(key), now.get(key)) for key in sorted(now.keys() | then.keys()) if then.get(key) != now.get(key)
-    }
+    return _differing(then, now)
 
 
 def config_drift(then: EsperConfig, now: EsperConfig) -> dict[str, tuple[JsonValue, JsonValue]]:
     """As `recipe_drift`, between two configurations."""
-    was, is_ = fingerprint(then, {}), fingerprint(now, {})
-    return {key: (was[key], is_[key]) for key in sorted(was) if was[key] != is_[key]}
+    return _differing(fingerprint(then, {}), fingerprint(now, {}))
+
+
+def _differing(then: Mapping[str, JsonValue], now: Mapping[str, JsonValue]) -> dict[str, tuple[JsonValue, JsonValue]]:
+    return {
+        key: (then.get(key), now.get(key)) for key in sorted(now.keys() | then.keys()) if then.get(key) != now.get(key)
+    }
 
 
 def in_words(drift: Mapping[str, tuple[JsonValue, JsonValue]]) -> str:

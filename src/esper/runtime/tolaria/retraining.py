@@ -89,7 +89,6 @@ def _matching(shelf: Shelf, report: EpochReport) -> tuple[HeadRef, ArtifactRef] 
 def files_of(manifest: ArtifactRef, get: Get) -> Sequence[ArtifactRef]:
     """What makes a checkpoint, with the one that a twin begins at. The manifest is last: whoever finds it finds all."""
     document = read_manifest(manifest, get)
-    parts = [document.model, document.frozen, document.optimizer, document.random]
     held = document.state.held
     start = [] if held is None or held.start is None else files_of(held.start, get)
-    return [*start, *(ref for ref in parts if ref is not None), manifest]
+    return [*start, *document.files, manifest]

@@ -1,6 +1,5 @@
 """What is trained: the `Task` that a user's factory returns, and how a configuration leads to one."""
 
-import difflib
 from collections.abc import Callable
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from esper.errors import ConfigurationError
 from esper.errors import TargetError
 from esper.runtime.tolaria.data.installed import call_installed
 from esper.runtime.tolaria.data.installed import installed_tasks
+from esper.runtime.tolaria.data.installed import unknown_task
 from esper.runtime.tolaria.data.quick_starts import PACKAGED_TASKS
 from esper.runtime.tolaria.data.quick_starts import TaskParts
 from esper.runtime.tolaria.data.targets import call_target
@@ -62,13 +62,7 @@ def load_task(config: TaskConfig, seed: int) -> Task:
         if name in installed:
             seed_everything(seed)
             return _own(f"installed task {name!r}", call_installed(installed[name], config.arguments))
-        known = [*PACKAGED_TASKS, *installed]
-        near = difflib.get_close_matches(name, known, n=1)
-        raise ConfigurationError(
-            "ESP-206",
-            f"task.name: there is no packaged or installed task {name!r}",
-            hint=f"{f'Did you mean {near[0]}? ' if near else ''}Known are: {', '.join(known)}",
-        )
+        raise unknown_task(name, [*PACKAGED_TASKS, *installed])
     try:
         parts = factory(path=config.path, seed=seed, **config.arguments)
     except TypeError as error:

@@ -5,12 +5,15 @@ Whoever may start a run may have any code run that its worker can import. A work
 entry points of installed distributions that its own allow-list names.
 """
 
+import difflib
 from collections.abc import Mapping
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint
 from importlib.metadata import entry_points
 from typing import Any
 
 from esper.contracts.config import TaskConfig
+from esper.errors import ConfigurationError
 from esper.errors import TargetError
 
 ENTRY_POINTS = "esper.tasks"
@@ -21,6 +24,17 @@ ALLOWED = "ESPER_WORKER_TASKS"
 def installed_tasks() -> dict[str, EntryPoint]:
     """What installed distributions name in the group `esper.tasks`, by name. Nothing is imported."""
     return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+
+
+def unknown_task(name: object, known: Sequence[str]) -> ConfigurationError:
+    """ESP-206, with the nearest of the known names."""
+    near = difflib.get_close_matches(str(name), known, n=1)
+    guess = f"Did you mean {near[0]}? " if near else ""
+    return ConfigurationError(
+        "ESP-206",
+        f"task.name: there is no packaged or installed task {name!r}",
+        hint=f"{guess}Known are: {', '.join(known)}",
+    )
 
 
 def call_installed(entry: EntryPoint, arguments: Mapping[str, Any]) -> object:

@@ -13,7 +13,6 @@ from esper.runtime.tolaria.live.kernel_faults.quarantine import is_left_out
 from esper.runtime.tolaria.live.kernel_faults.quarantine import marked
 from esper.runtime.tolaria.live.kernel_faults.strikes import opened_breaker
 from esper.runtime.tolaria.live.live_run import VERDICTS
-from esper.runtime.tolaria.live.live_run import LiveRun
 from esper.runtime.tolaria.live.shared_run import Phase
 from esper.runtime.tolaria.live.shared_run import SharedRun
 
@@ -94,7 +93,7 @@ def take_verdict(shared: SharedRun, phase: Phase) -> JudgeReport:
     fact = shared.book.find(graft.adaptation_id, *VERDICTS.values())
     if fact is None:
         kind = VERDICTS[judgement.verdict]
-        fact = shared.record(_ending(run, graft, kind, judgement.reason))
+        fact = shared.record(graft.successor(kind, run.step, judgement.reason))
     return run.carry_out(fact, twin, judgement)
 
 
@@ -128,17 +127,4 @@ def _graft(shared: SharedRun, fact: Fact, phase: Phase) -> None:
     with marked(shared, fact):
         refusal = run.graft(fact, kernel, lambda commit: shared.stall_for(commit, phase))
     if refusal is not None:
-        shared.record(_ending(run, fact, FactKind.CULL, refusal))
-
-
-def _ending(run: LiveRun, graft: Fact, kind: FactKind, reason: str) -> Fact:
-    return Fact(
-        run_id=run.run_id,
-        adaptation_id=graft.adaptation_id,
-        kind=kind,
-        apply_step=run.step,
-        seq=0,
-        site=graft.site,
-        seed=graft.seed,
-        reason=reason,
-    )
+        shared.record(fact.successor(FactKind.CULL, run.step, refusal))

@@ -1,12 +1,16 @@
 """The newest checkpoint of a run that can be read: the head, or the one before it where the head is damaged.
 
-Only one step back is gone by itself. Two damaged checkpoints in a row are no accident of one file: a person looks.
+The checkpoint that the twin of a graft on probation begins at is part of every head that still needs it. Where that one
+is damaged, all of them are left, and it with them, for the newest before it.
+
+Only one damage is gone back from by itself. Two damaged checkpoints are no accident of one file: a person looks.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from esper.contracts.assets import ArtifactRef
+from esper.contracts.base import Digest
+from esper.contracts.operational import Fact
 from esper.contracts.operational import HeadRef
 from esper.errors import IntegrityError
 from esper.runtime.tolaria.checkpoint import Restored
@@ -41,23 +45,37 @@ class Found:
 
 
 def newest_whole(ledger: Ledger, store: SessionStore) -> Found | None:
-    """The head, or else the newest whole one of the step before. `None` for a run without a head. Writes nothing.
+    """The head, or else the newest whole one behind what is damaged. `None` for a run without a head. Writes nothing.
 
-    Raises `IntegrityError`: ESP-402 when both are damaged, ESP-408 for a checkpoint of a newer Esper, which is whole.
+    Raises `IntegrityError`: ESP-402 when that one is damaged too, ESP-408 for a checkpoint of a newer Esper, which is
+    whole.
     """
     if ledger.head is None or ledger.manifest is None:
         return None
     newest = ledger.head
-    damaged: list[ArtifactRef] = []
+    line = ((newest, ledger.manifest), *ledger.older)
+    step_of = {manifest.digest: head.step for head, manifest in line}
+    damaged: dict[ArtifactRef, None] = {}
     reasons: list[str] = []
-    for head, manifest in _candidates((newest, ledger.manifest), ledger.older):
+    places: set[int | Digest] = set()
+    for head, manifest in line:
+        if len(places | {head.step}) > 2:
+            break
+        broken = manifest
         try:
             restored = _read(manifest, store)
+            held = restored.manifest.state.held
+            if held is not None and held.start is not None:
+                broken = held.start
+                read_start(held.fact, held.start, store)
         except IntegrityError as error:
             if error.code != DAMAGED:
                 raise
-            damaged += _damaged_objects(manifest, store)
-            reasons.append(f"at step {head.step}: {error.message}")
+            damaged |= dict.fromkeys(_damaged_objects(broken, store))
+            place = step_of.get(broken.digest, broken.digest)
+            if place not in places:
+                reasons.append(f"at step {head.step}: {error.message}")
+            places.add(place)
             continue
         fall = Fall(newest, tuple(damaged), "; ".join(reasons)) if reasons else None
         return Found(head, manifest, restored, fall)
@@ -71,12 +89,19 @@ def newest_whole(ledger: Ledger, store: SessionStore) -> Found | None:
     )
 
 
-def _candidates(
-    newest: tuple[HeadRef, ArtifactRef], older: Sequence[tuple[HeadRef, ArtifactRef]]
-) -> list[tuple[HeadRef, ArtifactRef]]:
-    """The heads of the newest two steps: those of one step may share their files."""
-    steps = sorted({head.step for head, _ in (newest, *older)}, reverse=True)[:2]
-    return [each for each in (newest, *older) if each[0].step in steps]
+def read_start(graft: Fact, start: ArtifactRef, store: SessionStore) -> Restored:
+    """The checkpoint just before a graft, at which its twin begins. Raises as `restore` does, and says whose it is."""
+    try:
+        return _read(start, store)
+    except IntegrityError as error:
+        if error.code != DAMAGED:
+            raise
+        raise IntegrityError(
+            DAMAGED,
+            f"the twin of {graft.adaptation_id} has nowhere to begin: {error.message}",
+            hint=f"`esper-cli resume {graft.run_id}` goes back to the newest checkpoint before it and trains from there",
+            run_id=graft.run_id,
+        ) from error
 
 
 def _read(manifest: ArtifactRef, store: SessionStore) -> Restored:
@@ -95,8 +120,7 @@ def _damaged_objects(manifest: ArtifactRef, store: SessionStore) -> list[Artifac
         document = read_manifest(manifest, store.get)
     except IntegrityError:
         return [manifest]
-    parts = (document.model, document.frozen, document.optimizer, document.random)
-    return [ref for ref in parts if ref is not None and not _is_whole(ref, store)]
+    return [ref for ref in document.files if not _is_whole(ref, store)]
 
 
 def _is_whole(ref: ArtifactRef, store: SessionStore) -> bool:

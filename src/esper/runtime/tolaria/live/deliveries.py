@@ -118,18 +118,8 @@ def remove(shared: SharedRun, adaptation_id: str) -> InstallResult:
             reason = reason or "it was never grafted"
             return InstallResult(adaptation_id=adaptation_id, accepted=False, fact=None, reason=reason)
         shared.book.reserve(adaptation_id, step)
-    fact = Fact(
-        run_id=shared.run.run_id,
-        adaptation_id=adaptation_id,
-        kind=FactKind.REMOVE,
-        apply_step=step,
-        seq=0,
-        site=graft.site,
-        seed=graft.seed,
-        reason="removed by a person",
-    )
     try:
-        recorded = shared.record(fact)
+        recorded = shared.record(graft.successor(FactKind.REMOVE, step, "removed by a person"))
     finally:
         with shared.turn.condition:
             shared.book.release(adaptation_id)

@@ -90,13 +90,17 @@ def graft(trainee: Trainee, state: RunState, fact: Fact, kernel: KernelModule) -
     except EsperError as error:
         return state, f"rejected: {error.message}"
     except Exception as error:
-        return state, f"rejected: it raised {type(error).__name__}: {error}"
+        return state, _raised(error)
     held = state.model_copy(update={"held": HeldGraft(fact=fact)})
     try:
         changed = _largest_change(before, _outputs(trainee, output_site, rows))
     except Exception as error:
-        return held, f"rejected: it raised {type(error).__name__}: {error}"
+        return held, _raised(error)
     return held, None if changed == 0.0 else f"rejected: its birth changed the output by {changed:.3g}"
+
+
+def _raised(error: Exception) -> str:
+    return f"rejected: it raised {type(error).__name__}: {error}"
 
 
 def keep(trainee: Trainee, state: RunState, fact: Fact) -> RunState:

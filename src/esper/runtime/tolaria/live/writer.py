@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from esper.contracts.assets import ArtifactRef
 from esper.contracts.operational import EpochReport
@@ -55,22 +56,22 @@ class HeadWriter:
         samples: SampleMaker | None = None,
     ) -> Future[Committed]:
         """Write and commit a snapshot. The caller has waited for the commit before."""
-        if self._running is not None and not self._running.done():
-            raise RuntimeError("a commit is still in flight")
-        self._running = self._thread.submit(self._commit, taken, report, samples)
-        return self._running
+        return self._start(partial(self._commit, taken, report, samples))
 
     def submit_report(self, report: ReportMaker) -> Future[Committed]:
         """Record a report without a head of its own: it names the newest one that stands."""
-        if self._running is not None and not self._running.done():
-            raise RuntimeError("a commit is still in flight")
-        self._running = self._thread.submit(self._report, report)
-        return self._running
+        return self._start(partial(self._report, report))
 
     def close(self) -> None:
         """Wait for the commit in flight, and end the threads."""
         self._thread.shutdown(wait=True)
         self._files.shutdown(wait=True)
+
+    def _start(self, work: Callable[[], Committed]) -> Future[Committed]:
+        if self._running is not None and not self._running.done():
+            raise RuntimeError("a commit is still in flight")
+        self._running = self._thread.submit(work)
+        return self._running
 
     def _report(self, report: ReportMaker) -> Committed:
         if self._last is None:

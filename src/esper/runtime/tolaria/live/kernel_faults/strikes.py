@@ -11,17 +11,17 @@ ALL_STRIKES = 10
 
 def strike_fact(run: LiveRun, graft: Fact, reason: str) -> Fact:
     """The present step is taken without the kernel."""
-    return _fact(run, graft, FactKind.STRIKE, run.step, reason)
+    return graft.successor(FactKind.STRIKE, run.step, reason)
 
 
 def breaker_fact(run: LiveRun, graft: Fact, reason: str) -> Fact:
     """From the present step on the kernel is gone. Only where this step's head is yet to be made."""
-    return _fact(run, graft, FactKind.BREAKER, run.step, reason)
+    return graft.successor(FactKind.BREAKER, run.step, reason)
 
 
 def breaker_after_strike(run: LiveRun, graft: Fact, reason: str) -> Fact:
     """After the present step, which is taken without it, the kernel is gone: a head of this step may have it still."""
-    return _fact(run, graft, FactKind.BREAKER, run.step + 1, reason)
+    return graft.successor(FactKind.BREAKER, run.step + 1, reason)
 
 
 def opened_breaker(run: LiveRun) -> Fact | None:
@@ -36,16 +36,3 @@ def _counted(held: HeldGraft, limit: int) -> str:
     if held.strikes >= limit:
         return f"breaker: its kernel failed {held.strikes} steps in a row"
     return f"breaker: its kernel failed {held.all_strikes} steps"
-
-
-def _fact(run: LiveRun, graft: Fact, kind: FactKind, step: int, reason: str) -> Fact:
-    return Fact(
-        run_id=run.run_id,
-        adaptation_id=graft.adaptation_id,
-        kind=kind,
-        apply_step=step,
-        seq=0,
-        site=graft.site,
-        seed=graft.seed,
-        reason=reason,
-    )
