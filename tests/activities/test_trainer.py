@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Callable
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from esper.errors import LeaseLost
 from esper.errors import ObjectsUnavailable
 from esper.errors import TargetError
 from esper.runtime.tolaria.live import turns
+from esper.runtime.watchdog import Watchdog
 
 Play = Callable[..., Any]
 
@@ -237,11 +237,25 @@ def test_what_cannot_be_committed_at_the_end_is_known_and_the_head_before_it_sta
 def test_a_stuck_trainer_is_not_claimed_again(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene(bench: Bench) -> None:
         trainer, lease = await loaded(bench)
-        monkeypatch.setattr(trainer_module, "HEARTBEAT", timedelta(seconds=-1))
+        monkeypatch.setattr(Watchdog, "silence", lambda watchdog: 11.0)
         with pytest.raises(ApplicationError, match="is stuck") as refused:
             await bench.run(trainer.claim_trainer, ClaimRequest(run_id="r1", urza=bench.urza))
         assert refused.value.type == "TrainerBusy"
         assert trainer.lease == lease and await trainer.holds_lease()
+
+    play(scene)
+
+
+def test_a_run_may_allow_its_steps_more_time(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(bench: Bench) -> None:
+        trainer, lease = await claimed(bench)
+        patient = bench.config(training={"batch_size": 16, "step_timeout_s": 60.0})
+        await bench.run(
+            trainer.load_run, LoadRequest(lease=lease, config=patient, code=load_request(bench, lease).code)
+        )
+        monkeypatch.setattr(Watchdog, "silence", lambda watchdog: 11.0)
+        again = await bench.run(trainer.claim_trainer, ClaimRequest(run_id="r1", urza=bench.urza))
+        assert again.lease_gen == lease.lease_gen + 1
 
     play(scene)
 
@@ -292,10 +306,10 @@ def test_a_reclaimed_trainer_lets_its_old_work_end_first(play: Play, monkeypatch
         )
         await asyncio.to_thread(started.wait, 10)
         new = await bench.run(trainer.claim_trainer, ClaimRequest(run_id="r1", urza=bench.urza, preferred_queue="q1"))
-        monkeypatch.setattr(trainer_module, "OLD_WORK_S", 0.05)
+        monkeypatch.setattr(trainer_module, "OLD_WORK", 0.005)
         with pytest.raises(LeaseLost, match="does not end"):
             await bench.run(trainer.load_run, load_request(bench, new))
-        monkeypatch.setattr(trainer_module, "OLD_WORK_S", 10.0)
+        monkeypatch.setattr(trainer_module, "OLD_WORK", 1)
         loading = asyncio.create_task(bench.run(trainer.load_run, load_request(bench, new)))
         await asyncio.sleep(0.05)
         assert not loading.done()

@@ -56,6 +56,24 @@ def test_a_run_without_growth_completes_every_epoch(play: Play) -> None:
     assert not [what for what in world.journal if what[0] == "score"]
 
 
+@pytest.mark.parametrize("allowed", [10, 25])
+def test_a_step_may_be_silent_for_as_long_as_its_run_allows(play: Play, allowed: int) -> None:
+    async def scene(on: Stage) -> dict[str, int]:
+        config = configuration(2, tamiyo={"policy": "none"}, training={"step_timeout_s": float(allowed)})
+        handle = await on.start(config)
+        await handle.result()
+        events = (await handle.fetch_history()).events
+        scheduled = [
+            event.activity_task_scheduled_event_attributes
+            for event in events
+            if event.HasField("activity_task_scheduled_event_attributes")
+        ]
+        return {each.activity_type.name: each.heartbeat_timeout.seconds for each in scheduled}
+
+    silences = play(FakeWorld(), scene)
+    assert (silences["train_epoch"], silences["load_run"], silences["record_run"]) == (allowed, 10, 0)
+
+
 @pytest.mark.parametrize("cached", [1000, 0])
 def test_growth_is_decided_forged_delivered_judged_and_kept(play: Play, cached: int) -> None:
     world = FakeWorld(grow_at=2, epoch_seconds=0.1)

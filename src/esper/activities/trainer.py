@@ -51,6 +51,7 @@ from esper.errors import LeaseLost
 from esper.runtime.remembering import recent_facts
 from esper.runtime.temporal.options import HEARTBEAT
 from esper.runtime.temporal.options import STUCK
+from esper.runtime.temporal.options import longest_silence
 from esper.runtime.tolaria.data.installed import refuse_unlisted
 from esper.runtime.tolaria.data.quick_starts import PACKAGED_TASKS
 from esper.runtime.tolaria.session import Session
@@ -60,8 +61,9 @@ from esper.runtime.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-OLD_WORK_S = 2 * HEARTBEAT.total_seconds()
-"""How long a trainer that is claimed again by its run waits for what it did under the lease before."""
+OLD_WORK = 2
+"""How long a trainer that is claimed again by its run waits for what it did under the lease before: so many times the
+longest silence of a step."""
 
 
 class TrainerActivities:
@@ -85,7 +87,8 @@ class TrainerActivities:
         self._loop = loop
         self._session: Session | None = None
         self._patience = Patience()
-        self._watchdog = Watchdog(STUCK.total_seconds())
+        self._silence_s = HEARTBEAT.total_seconds()
+        self._watchdog = Watchdog(STUCK * self._silence_s)
         self._busy = 0
         self._changed = threading.Condition()
 
@@ -125,7 +128,7 @@ class TrainerActivities:
             raise ApplicationError("this trainer shuts down", type="TrainerBusy")
         if self.lease is not None and self.lease.run_id != request.run_id:
             raise ApplicationError(f"this trainer serves {self.lease.run_id}", type="TrainerBusy")
-        if self._watchdog.silence() > HEARTBEAT.total_seconds():
+        if self._watchdog.silence() > self._silence_s:
             raise ApplicationError("what this trainer does is stuck", type="TrainerBusy")
         if self.lease is not None and not await self.holds_lease():
             # A question that was asked before this process was stopped, and its successor claimed.
@@ -145,6 +148,8 @@ class TrainerActivities:
         """Build the task and the model, and go back to the run's head."""
         with self._holding(request.lease), pulse("loading"):
             self._clear()
+            self._silence_s = longest_silence(request.config).total_seconds()
+            self._watchdog.limit(STUCK * self._silence_s)
             if self.serves_other_hosts:
                 refuse_unlisted(request.config.task, os.environ, PACKAGED_TASKS)
             else:
@@ -247,7 +252,7 @@ class TrainerActivities:
         """Let the work under earlier leases end, and their session go: two models must not train side by side in
         one process, since they would draw from the same random generators."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._busy == 1, OLD_WORK_S):
+            if not self._changed.wait_for(lambda: self._busy == 1, OLD_WORK * self._silence_s):
                 raise LeaseLost(
                     "ESP-503",
                     "what this trainer did under an earlier lease does not end",

@@ -79,6 +79,8 @@ class TrainingConfig(Contract):
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 64
     early_stop: EarlyStopConfig | None = None
     checkpoint_every: CheckpointEvery = CheckpointEvery()
+    step_timeout_s: Annotated[float, Field(ge=10, le=86_400)] = 10.0
+    """Seconds that one step, of training or evaluation, may take at most."""
 
 
 class KasminaConfig(Contract):

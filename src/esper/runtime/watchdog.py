@@ -26,6 +26,12 @@ class Watchdog:
         self._heard: dict[object, float] = {}
         self._lock = threading.Lock()
 
+    def limit(self, limit_s: float) -> None:
+        """From now on this is the longest silence, in seconds."""
+        with self._lock:
+            self._limit_s = limit_s
+            self._set_clock()
+
     @contextmanager
     def watching(self) -> Iterator[Callable[[], None]]:
         """Watch what is done inside; it must call what it is given, from any thread, more often than the limit."""

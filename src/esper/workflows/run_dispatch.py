@@ -37,6 +37,7 @@ from esper.runtime.temporal.failures import from_failure
 from esper.runtime.temporal.options import DECISION_ATTEMPTS
 from esper.runtime.temporal.options import DECISION_LIMIT
 from esper.runtime.temporal.options import INSTALL_ATTEMPTS
+from esper.runtime.temporal.options import longest_silence
 from esper.workflows import presentation
 from esper.workflows.adaptation_book import scheduled
 from esper.workflows.ordering import order
@@ -119,6 +120,7 @@ class Dispatcher:
             ),
             task_queue=lease.task_queue,
             summary=presentation.epoch_summary(epoch, progress.report, progress.book.live_count()),
+            silence=longest_silence(progress.config),
         )
         if result.report is not None and lease == progress.lease:
             for report in progress.complete(result.report):
@@ -151,6 +153,7 @@ class Dispatcher:
             JudgeRequest(lease=lease, adaptation_id=adaptation_id),
             task_queue=lease.task_queue,
             summary=f"judge {adaptation_id}",
+            silence=longest_silence(self._desk.progress.config),
         )
         self._desk.note(self._desk.progress.book.judge(verdict))
         self._desk.enter("training")

@@ -25,9 +25,10 @@ from esper.errors import RunFailed
 from esper.runtime.temporal import queues
 from esper.runtime.temporal.failures import from_failure
 from esper.runtime.temporal.failures import to_failure
-from esper.runtime.temporal.options import CANCEL_PATIENCE
 from esper.runtime.temporal.options import LOST_TRAINER_LIMIT
 from esper.runtime.temporal.options import STOP_PATIENCE
+from esper.runtime.temporal.options import STUCK
+from esper.runtime.temporal.options import longest_silence
 from esper.workflows.ordering import order
 from esper.workflows.run_desk import RunDesk
 from esper.workflows.run_dispatch import Dispatcher
@@ -218,6 +219,9 @@ class TrainingRun(RunDesk):
             raise self.lost
         return await asked
 
+    def _cancel_patience(self) -> float:
+        return STUCK * longest_silence(self.progress.config).total_seconds()
+
     async def _survive(self, loss: TrainerLost) -> None:
         """Any failure of pinned work is one loss of the lease: let go of all of it, then claim again."""
         progress = self.progress
@@ -225,7 +229,7 @@ class TrainingRun(RunDesk):
         if loss.silent:
             self._work.pinned.forget()
         else:
-            ended = await self._work.pinned.cancel(CANCEL_PATIENCE.total_seconds())
+            ended = await self._work.pinned.cancel(self._cancel_patience())
         if loss.may_live and ended and self.lost is None and self.holder is not None:
             self._former_queue = self.holder.task_queue
         self.holder = progress.lease = self.lost = None
@@ -351,7 +355,7 @@ class TrainingRun(RunDesk):
         error = from_failure(failure)
         error.run_id = self.progress.run_id
         for ring in (self._work.pinned, self._work.control):
-            await ring.cancel(CANCEL_PATIENCE.total_seconds())
+            await ring.cancel(self._cancel_patience())
         try:
             if self.holder is not None:
                 await self._ask(

@@ -12,13 +12,17 @@ from typing import Any
 from temporalio.common import RetryPolicy
 from temporalio.workflow import ActivityCancellationType
 
-HEARTBEAT = timedelta(seconds=10)
-"""The longest silence of a live trainer. Ten seconds, so that a server that was away for a moment does not
-cost a lease twice (heartbeat and sticky queue)."""
+from esper.contracts.config import EsperConfig
 
-STUCK = 3 * HEARTBEAT
-"""After so long a silence of its work a trainer ends itself. By then its run has been taken over, so that nothing is
-lost by it; and a process that was only stopped for a moment has had the time to go on."""
+HEARTBEAT = timedelta(seconds=10)
+"""The longest silence of live work. Ten seconds, so that a server that was away for a moment does not
+cost a lease twice (heartbeat and sticky queue). Work that beats between two steps may be silent for longer, where
+its run says so: `longest_silence`."""
+
+STUCK = 3
+"""After so many times the longest silence a trainer ends itself. By then its run has been taken over, so that nothing
+is lost by it; and a process that was only stopped for a moment has had the time to go on. Work that was cancelled has
+as long to end before its process counts as stuck."""
 
 HEARTBEAT_THROTTLE = timedelta(seconds=2)
 """How often heartbeats really travel; also the latency with which a cancellation reaches an activity."""
@@ -34,10 +38,6 @@ RECLAIM_PATIENCE = timedelta(seconds=5)
 
 LOST_TRAINER_LIMIT = 8
 """Lease losses in a row without one finished epoch between them after which a run is failed."""
-
-CANCEL_PATIENCE = timedelta(seconds=30)
-"""How long work that was cancelled may take to end before its process counts as stuck: longer than its
-heartbeat time-out."""
 
 STOP_PATIENCE = timedelta(seconds=30)
 """How long a run that is to stop, and has lost its trainer, waits for another one to export its model."""
@@ -56,6 +56,12 @@ FORGE_MARGIN = timedelta(seconds=30)
 
 DRAIN_LIMIT = GRACEFUL_SHUTDOWN + timedelta(seconds=5)
 """After so long a process that was told to end, and has not, ends at once."""
+
+
+def longest_silence(config: EsperConfig) -> timedelta:
+    """Of work that beats at step boundaries."""
+    return timedelta(seconds=config.training.step_timeout_s)
+
 
 TRAINER_SLOTS = 12
 """Activities beside each other in a trainer: two epochs, deliveries, a judge, a checkpoint, a claim."""

@@ -120,7 +120,7 @@ def fingerprint(config: EsperConfig, identity: Mapping[str, JsonValue]) -> dict[
     keys |= {f"run.{key}": document["run"][key] for key in ("seed", "max_epochs")}
     keys |= {f"kasmina.{key}": document["kasmina"][key] for key in ("target_layers", "exclude", "seeds_per_layer")}
     keys |= {f"tamiyo.{key}": document["tamiyo"][key] for key in ("hold_epochs", "hold_steps", "keep_margin")}
-    for harmless in ("task.path", "training.checkpoint_every"):
+    for harmless in ("task.path", "training.checkpoint_every", "training.step_timeout_s"):
         keys.pop(harmless)
     return keys | dict(identity)
 
