@@ -155,9 +155,7 @@ def main() -> None:
     parser = options_of("S0, the mechanics of growth")
     for name in ("host", "blueprint", "initialiser", "optimizer"):
         parser.add_argument(f"--{name}", default="", help=f"only cases of this {name}")
-    parser.add_argument(
-        "--share", type=float, default=0.02, help="of the pairings of other initialisers and optimizers; 1 for all"
-    )
+    parser.add_argument("--share", type=float, default=1.0, help="of the pairings of other initialisers and optimizers")
     parser.add_argument("--without-compiling", action="store_true", help="leave out torch.compile (seconds a pair)")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -190,7 +188,7 @@ def notes(outcomes: Sequence[Outcome], compiling: bool) -> list[str]:
     optimizers = dict.fromkeys(one.case.optimizer.name for one in outcomes)
     return [
         f"{len(outcomes)} cases: initialisers {', '.join(initialisers)}; optimizers {', '.join(optimizers)}. Every "
-        f"optimizer with `{LIBRARY}`, every initialiser with {DEFAULT.name}, the rest of the product to the `share` "
+        f"optimizer with `{LIBRARY}`, every initialiser with {DEFAULT.name}, and of the rest of the product the `share` "
         f"that the options say. `{LIBRARY}` is `esper.graft` as a user calls it; the others are built from the model's "
         "own samples and weights, certified and grafted as stored kernels.",
         "`birth`: largest change of the output at the graft, in training and evaluation. `first-step drift`: root "

@@ -44,6 +44,22 @@ def main(rank: int, meeting: str, scenario: str) -> dict[str, object]:
             except esper.GrowthError as error:
                 told.append(f"{error.code} {error}")
         return {"told": told, "grown": esper.status(model).grown_parameters}
+    if scenario == "taken back":
+        before, weights_before = esper.snapshot(model, optimizer), weights()
+        ddp, _ = esper.grow_replicas(ddp, lambda m: esper.graft(m, "0", "bottleneck", optimizer=optimizer, rank=4))
+        train(ddp, 2)
+        told = []
+        for act in (lambda: esper.rollback(before), lambda: esper.unwrap(model, optimizer=optimizer)):
+            try:
+                act()
+            except esper.GrowthError as error:
+                told.append(f"{error.code} {error}")
+        grown = esper.status(model).grown_parameters
+        ddp, _ = esper.grow_replicas(ddp, lambda m: esper.rollback(before))
+        back = weights() == weights_before
+        train(ddp, 3)
+        esper.rollback(before)
+        return {"told": told, "grown": grown, "back": back, "again": weights() == weights_before}
     if scenario == "differently":
         try:
             esper.grow_replicas(ddp, lambda m: esper.graft(m, "0", "bottleneck", optimizer=optimizer, rank=4 + rank))

@@ -98,6 +98,20 @@ def test_regionally_compiled_blocks_recompile_where_they_grew():
         assert torch.equal(blocks(x), expected)
 
 
+def test_a_widened_pair_that_was_called_uncompiled_too_is_one_graph():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    x = torch.randn(2, 8)
+    esper.wrap(model, example_inputs=x)
+    esper.graft(model, "0", "widen", units=10)
+    backend = Counting()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for _ in range(3):
+        expected = model(x)
+        torch.testing.assert_close(compiled(x), expected)
+    assert backend.graphs == 1
+
+
 def test_another_compiled_model_survives_the_room_that_is_made(deep):
     other, backend = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), Counting()
     compiled_other = torch.compile(other, backend=backend)

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
+
+import esper
 
 CHILD = Path(__file__).parent / "replica_child.py"
 
@@ -47,6 +50,21 @@ def test_growth_inside_the_wrapper_is_refused_with_the_way_out(ranks):
         assert len(rank["told"]) == 3
         assert all(told.startswith("ESP-440") and "grow_replicas" in told for told in rank["told"])
         assert rank["grown"] == 0
+
+
+def test_growth_is_taken_back_and_unwrapped_on_all_ranks_or_on_none(ranks):
+    for rank in ranks("taken back"):
+        assert len(rank["told"]) == 2
+        assert all(told.startswith("ESP-440") and "grow_replicas" in told for told in rank["told"])
+        assert rank["grown"] > 0
+        assert rank["back"]
+        assert rank["again"]
+
+
+def test_a_model_without_a_wrapper_is_refused_by_name():
+    with pytest.raises(esper.GrowthError, match="no DistributedDataParallel") as refusal:
+        esper.grow_replicas(nn.Linear(2, 2), lambda model: None)
+    assert refusal.value.code == "ESP-440"
 
 
 def test_ranks_that_grow_differently_are_told(ranks):

@@ -224,6 +224,8 @@ def test_what_cannot_be_taken_back_is_refused(zoo: Any) -> None:
     esper.unwrap(model)
     with pytest.raises(esper.GrowthError, match="unwrapped since"):
         esper.rollback(snapshot)
+    with pytest.raises(esper.GrowthError, match="a int is no snapshot"):
+        esper.rollback(3)
     assert torch.equal(model.fc1.weight, weights["fc1.weight"] + 1.0)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from plain_report import plain_report
 from torch import Tensor
 from torch import nn
 from torch.nn import functional
@@ -12,9 +13,7 @@ from torch.nn import functional
 import esper
 from esper.contracts.config import TamiyoConfig
 from esper.contracts.enums import SeedState
-from esper.contracts.operational import EpochReport
 from esper.contracts.operational import HeadRef
-from esper.contracts.operational import Metrics
 from esper.contracts.orders import ScoreRequest
 from esper.errors import BlueprintError
 from esper.errors import GrowthError
@@ -74,22 +73,9 @@ def test_suggestions_are_those_of_a_runs_strategist() -> None:
     model, batch = planted()
     found = esper.suggest(model, loss, batch)
     result = probe(model, lambda: loss(model, batch), epoch=8, step=800)
-    report = EpochReport(
-        run_id="run",
-        epoch=8,
-        step=800,
-        head=HeadRef(digest="sha256:" + "0" * 64, parent=None, step=800, epoch=8),
-        metrics=Metrics(train_loss=1.0, val_loss=1.0),
-        learning_rate=0.1,
-        samples=1,
-        parameters=1,
-        training_flops=0.0,
-        probe_flops=0.0,
-        busy_seconds=0.0,
-        stall_seconds=0.0,
-        graph=layer_graph(model, lambda: loss(model, batch)),
-        health=result.signals,
-    )
+    head = HeadRef(digest="sha256:" + "0" * 64, parent=None, step=800, epoch=8)
+    graph = layer_graph(model, lambda: loss(model, batch))
+    report = plain_report("run", head, graph=graph, health=result.signals)
     request = ScoreRequest(
         run_id="run",
         report=report,
@@ -192,4 +178,9 @@ def test_refusals_say_what_is_wrong(zoo: Any) -> None:
         esper.suggest(model, lambda m, b: m(b).mean().detach(), x)
     with pytest.raises(GrowthError, match="nothing can be scored"):
         esper.suggest(model, lambda m, b: m(b).mean() * float("nan"), x)
+    with pytest.raises(
+        GrowthError, match="gradients of the weights of this batch are not finite at fc1, fc2"
+    ) as broken:
+        esper.suggest(model, lambda m, b: (m(b).mean() * 0.0).sqrt(), x)
+    assert broken.value.code == "ESP-435"
     assert all(module.__dict__["_kasmina"].recorder is None for module in (model.fc1, model.fc2))

@@ -187,7 +187,7 @@ def test_dead_units_mean_nothing_where_no_activation_follows() -> None:
     model = nn.Sequential(nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     ids = torch.randint(0, 7, (5, 9))
     esper.wrap(model, example_inputs=ids)
-    telemetry = Telemetry(model, every=1)
+    telemetry = Telemetry(model, every=1, rows=32)
     watch(model, telemetry, ids, range(1))
     found = by_site(telemetry.read(epoch=1, step=1))
     assert [found[str(index)].dead_neuron_ratio is None for index in (0, 1, 2, 4)] == [True, True, False, False]

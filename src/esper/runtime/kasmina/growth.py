@@ -379,6 +379,10 @@ def _stored(kernel: KernelFiles | KernelModule | str) -> KernelModule:
         return kernel
     if isinstance(kernel, KernelFiles):
         return load_kernel(kernel, kernel.digest)
+    if not isinstance(kernel, str):
+        raise GrowthError(
+            "ESP-434", f"a {type(kernel).__name__} is no kernel", hint="give its files, a loaded one, or its digest"
+        )
     held = kernel_cache().get(kernel)
     if held is None:
         raise NotFoundError("ESP-430", f"no kernel {kernel[:19]} is in this process's cache", hint="give its files")

@@ -32,15 +32,21 @@ _WAY_OUT = "call esper.grow_replicas(ddp, lambda model: esper.graft(model, ...))
 def grow_replicas(
     ddp: DistributedDataParallel, change: Callable[[nn.Module], ResultT]
 ) -> tuple[DistributedDataParallel, ResultT]:
-    """Change the wrapped model inside `ddp` (graft, cull, fossilize) on all ranks alike.
+    """Change the wrapped model inside `ddp` (graft, cull, fossilize, rollback) on all ranks alike.
 
     To be called by every rank of its process group, at the same step boundary, with the same `change`, which gets the
     model. Returns a new wrapper with the old one's settings, and what `change` returned; the old wrapper must not be
     used again. Parameters and buffers are those of rank 0 afterwards, as when a wrapper is made.
 
     Raises what `change` raises (then on that rank the model is as it was, and the other ranks raise too), GrowthError
-    ESP-440 when the ranks do not end in the same structure and the same new weights.
+    ESP-440 when the ranks do not end in the same structure and the same new weights, and for what is no such wrapper.
     """
+    if not isinstance(ddp, DistributedDataParallel):
+        raise GrowthError(
+            "ESP-440",
+            f"a {type(ddp).__name__} is no DistributedDataParallel",
+            hint="give the wrapper; a model that only one process trains is changed directly, with esper.graft",
+        )
     model = ddp.module
     model_state(model)
     failure: Exception | None = None

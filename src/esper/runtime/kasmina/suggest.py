@@ -31,7 +31,9 @@ from esper.runtime.kasmina.health.scores import told
 from esper.runtime.kasmina.health.scores import widened_share
 from esper.runtime.kasmina.layer import state_of
 from esper.runtime.kasmina.lineage import layer_graph
+from esper.runtime.kasmina.probe import ProbeCapture
 from esper.runtime.kasmina.probe import capture
+from esper.runtime.kasmina.wrapping.morphable import listed
 from esper.runtime.kasmina.wrapping.morphable import model_state
 from esper.runtime.kasmina.wrapping.morphable import sites_of
 from esper.runtime.tezzeret.blueprints.registry import cost
@@ -100,7 +102,7 @@ def suggest(
 
     Nothing in the model changes: parameters, buffers, gradients, training flags and random generators stay, to the
     bit. Raises SiteError ESP-314 (not wrapped), BlueprintError ESP-421 (unknown blueprint), TargetError ESP-312 (no
-    scalar with a gradient), GrowthError ESP-435 (a loss that is not finite).
+    scalar with a gradient), GrowthError ESP-435 (a loss, an output or a gradient that is not finite).
     """
     model_state(model)
     names = tuple(dict.fromkeys(TamiyoConfig().blueprints if blueprints is None else blueprints))
@@ -110,8 +112,23 @@ def suggest(
     taken = capture(model, lambda: _checked(loss(model, batch)))
     if not math.isfinite(float(taken.loss)):
         raise GrowthError("ESP-435", f"the loss of this batch is {float(taken.loss)}: nothing can be scored by it")
-    found = list(_pairs(graph, signals_by_site(taken.signals()), names))
+    signals = taken.signals()
+    _refuse_broken(taken, signals)
+    found = list(_pairs(graph, signals_by_site(signals), names))
     return Suggestions(sorted(found, key=_place))
+
+
+def _refuse_broken(taken: ProbeCapture, signals: Iterable[HealthSignal]) -> None:
+    outputs = [signal.site for signal in signals if signal.error_count]
+    norms = [(site.site, site.norms.gradient) for site in taken.sites]
+    gradients = [site for site, norm in norms if norm is not None and not math.isfinite(float(norm))]
+    for what, sites in (("outputs", outputs), ("gradients of the weights", gradients)):
+        if sites:
+            raise GrowthError(
+                "ESP-435",
+                f"{what} of this batch are not finite at {listed(sites)}: nothing can be scored by them",
+                hint="look for a division by zero or a root of zero there, or give another batch",
+            )
 
 
 def _pairs(graph: LayerGraph, signals: dict[str, HealthSignal], names: tuple[str, ...]) -> Iterator[Suggestion]:

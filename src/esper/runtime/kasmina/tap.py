@@ -55,7 +55,8 @@ class Tap:
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self._answered = [answered for answered in self._answered if answered.alive()]
-        alone = len(self._pending) == 1 and not self._answered
+        # What was answered belongs to calls that were not compiled: here it would only break the graph.
+        alone = len(self._pending) == 1 and (compiling or not self._answered)
         for index, (x, output) in enumerate(self._pending):
             if alone or self._leads_to(output, received):
                 del self._pending[index]

@@ -94,6 +94,10 @@ class TypedGraph:
     output: str
     output_shape: Shape
 
+    def __deepcopy__(self, memo: object) -> "TypedGraph":
+        # Nothing in it changes: copies of a kernel share what was found out about its graph.
+        return self
+
     def tensors(self) -> dict[str, Shape]:
         """Every trainable tensor as `<node>.<tensor>` with its shape, in order of the nodes."""
         return {f"{node.id}.{name}": shape for node in self.nodes for name, shape in node.tensors().items()}

@@ -179,6 +179,8 @@ class GraphModule(nn.Module):
     def __init__(self, graph: KernelGraph, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         super().__init__()
         typed = check_graph(graph)
+        self.typed = typed
+        """The graph as it was checked: whoever asks about its nodes and shapes need not check it again."""
         for node in typed.nodes:
             # Straight into the table: an id such as `forward` is legal in IR and must not shadow a method.
             self._modules[node.id] = MODULES[node.op](node, dtype)
@@ -220,12 +222,12 @@ class KernelModule(GraphModule):
     def chain(self) -> tuple[tuple[str, str, nn.Module], ...] | None:
         """(node id, operation, module) of every node in order, when each one reads only the one before it and the
         first only the input; else None."""
-        typed = check_graph(self.manifest.graph)
-        before = (INPUT, *(node.id for node in typed.nodes))
-        if any(node.inputs != (name,) for node, name in zip(typed.nodes, before, strict=False)):
+        nodes = self.typed.nodes
+        before = (INPUT, *(node.id for node in nodes))
+        if any(node.inputs != (name,) for node, name in zip(nodes, before, strict=False)):
             return None
         children = dict(self.named_children())
-        return tuple((node.id, node.op, children[node.id]) for node in typed.nodes)
+        return tuple((node.id, node.op, children[node.id]) for node in nodes)
 
     def updown(self) -> tuple[nn.Module, str, nn.Module] | None:
         """(down, activation, up) when the kernel is up(act(down(x))), else None: what a wide bank concatenates.

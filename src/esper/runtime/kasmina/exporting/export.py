@@ -1,7 +1,6 @@
 """Taking a model away as ordinary PyTorch: its weights, one Python file that needs torch only, or ONNX."""
 
 import copy
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
@@ -35,6 +34,7 @@ from esper.runtime.kasmina.keeping.persistence import saved_files
 from esper.runtime.kasmina.keeping.unwrap import unwrap
 from esper.runtime.kasmina.wrapping.morphable import MorphableModel
 from esper.runtime.kasmina.wrapping.undisturbed import undisturbed
+from esper.runtime.scratch import scratch_folder
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 
@@ -168,7 +168,7 @@ def _plain_bytes(plain: nn.Module) -> bytes:
 
 
 def _verified(files: Mapping[str, bytes], format: Format, grown: nn.Module) -> Comparison:
-    with tempfile.TemporaryDirectory(prefix="esper-export-") as folder:
+    with scratch_folder("export") as folder:
         for file, data in files.items():
-            (Path(folder) / file).write_bytes(data)
+            (folder / file).write_bytes(data)
         return verify_export(folder, format, grown)

@@ -1,7 +1,6 @@
 """A plain model as an ONNX file, and what that file computes."""
 
 import importlib
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from esper.runtime.kasmina.exporting.quiet import first_line
 from esper.runtime.kasmina.exporting.quiet import quietly
 from esper.runtime.kasmina.exporting.traced import every_dimension
 from esper.runtime.kasmina.wrapping.calls import tensors_in
+from esper.runtime.scratch import is_full
+from esper.runtime.scratch import scratch_folder
 
 ONNX_FILE = "model.onnx"
 _LARGEST = 2**31 - 2**20
@@ -33,8 +34,8 @@ def onnx_bytes(model: nn.Module, probe: Probe) -> bytes:
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     if size > _LARGEST:
         raise GrowthError("ESP-438", f"the model has {size} bytes of weights, one ONNX file holds {_LARGEST}")
-    with tempfile.TemporaryDirectory(prefix="esper-onnx-") as folder, quietly():
-        path = Path(folder) / ONNX_FILE
+    with scratch_folder("onnx") as folder, quietly():
+        path = folder / ONNX_FILE
         try:
             torch.onnx.export(
                 model,
@@ -48,6 +49,8 @@ def onnx_bytes(model: nn.Module, probe: Probe) -> bytes:
             )
         # The exporter runs the user's own forward and its own translators: it may raise anything.
         except Exception as error:
+            if is_full(error):
+                raise
             raise GrowthError(
                 "ESP-438",
                 f"{type(model).__name__} cannot be written as ONNX: {first_line(error)}",

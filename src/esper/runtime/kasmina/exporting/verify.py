@@ -3,7 +3,6 @@
 import copy
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +32,7 @@ from esper.runtime.kasmina.keeping.persistence import load
 from esper.runtime.kasmina.keeping.persistence import read_saved
 from esper.runtime.kasmina.keeping.unwrap import unwrap
 from esper.runtime.kasmina.wrapping.morphable import MorphableModel
+from esper.runtime.scratch import scratch_folder
 from esper.runtime.tezzeret.artifact import digest_of
 from esper.runtime.tezzeret.ir import canonical_json
 
@@ -125,8 +125,8 @@ def _read(path: Path) -> bytes:
 
 def _run_python(modeling: Path, probe: Probe) -> tuple[Tensor, ...]:
     program = Path(__file__).with_name("outside.py")
-    with tempfile.TemporaryDirectory(prefix="esper-verify-") as folder:
-        result = Path(folder) / "result.safetensors"
+    with scratch_folder("verify") as folder:
+        result = folder / "result.safetensors"
         command = [sys.executable, "-P", str(program), str(modeling), str(modeling.with_name(PROBE_FILE)), str(result)]
         try:
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT, check=False)

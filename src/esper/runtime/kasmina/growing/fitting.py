@@ -22,6 +22,7 @@ from esper.runtime.kasmina.wrapping.morphable import site_named
 from esper.runtime.kasmina.wrapping.morphable import sites_of
 from esper.runtime.kasmina.wrapping.undisturbed import undisturbed
 from esper.runtime.tezzeret.blueprints.registry import fitted_contract
+from esper.runtime.tezzeret.blueprints.registry import list_blueprints
 from esper.runtime.tezzeret.blueprints.registry import registered
 from esper.runtime.tezzeret.build import KernelModule
 from esper.runtime.tezzeret.initialisers import HostWeights
@@ -56,18 +57,17 @@ def site_contract(model: nn.Module, site: str, blueprint: str) -> SiteContract:
             seeds=(),
         )
     node = nodes[state_of(module).name]
-    found = fitted_contract(blueprint, node, LayerGraph(nodes=tuple(nodes.values()), edges=()))
+    graph = LayerGraph(nodes=tuple(nodes.values()), edges=())
+    found = fitted_contract(blueprint, node, graph)
     if isinstance(found, str):
-        entry = registered(blueprint)
-        kinds = ", ".join(entry.blueprint.host_kinds)
-        refusal = found_pairs.refusals.get(state_of(module).name) if entry.spans_pair else None
-        if refusal is not None:
-            raise GrowthError("ESP-434", f"blueprint '{blueprint}' does not fit '{site}': {refusal}")
-        spans = "; the pair must be seen: wrap with example_inputs=" if entry.spans_pair else ""
+        spans_pair = registered(blueprint).spans_pair
+        refusal = found_pairs.refusals.get(state_of(module).name) if spans_pair else None
+        others = [b.name for b in list_blueprints() if not isinstance(fitted_contract(b.name, node, graph), str)]
+        unseen = "; a pair must be seen: wrap with example_inputs=" if spans_pair and refusal is None else ""
         raise GrowthError(
             "ESP-434",
-            f"blueprint '{blueprint}' does not fit '{site}' ({contract.kind}): {found}",
-            hint=f"it is for {kinds}{spans}",
+            f"blueprint '{blueprint}' does not fit '{site}' ({contract.kind}): {refusal or found}",
+            hint=f"what fits there: {', '.join(others)}{unseen}",
         )
     if found.output_site != found.site:
         obstacle = pair_obstacle(model, module, sites_of(model)[found.output_site], pair_norms(found))
@@ -127,7 +127,7 @@ def measured_birth(kernel: KernelModule, reads: SiteContract, adds: SiteContract
     generator = torch.Generator().manual_seed(0)
     shape = (BIRTH_SAMPLES, *_read_shape(kernel, reads, adds))
     some = next(iter((*kernel.parameters(), *kernel.buffers())), torch.empty(0))
-    if check_graph(kernel.manifest.graph).reads_ids:
+    if kernel.typed.reads_ids:
         x = torch.randint(_ids(reads), shape, generator=generator).to(some.device)
     else:
         dtype = floating_dtype(kernel) or TORCH_DTYPES[reads.dtype]
@@ -155,20 +155,22 @@ def _misfit(kernel: KernelModule, reads: SiteContract, adds: SiteContract) -> st
         ("kind", wanted.kind, reads.kind),
         ("dtype", wanted.dtype, reads.dtype),
     ]
-    if check_graph(kernel.manifest.graph).reads_ids:
+    built = kernel.typed
+    if built.reads_ids:
         differences.append(("number of embeddings", _ids(wanted), _ids(reads)))
     if len(wanted.input_shape) != len(shape):
         differences.append(("input shape", wanted.input_shape, shape))
     for what, theirs, ours in differences:
         if theirs != ours:
             return f"{what} is {ours}, it needs {theirs}"
-    built = check_graph(kernel.manifest.graph)
-    try:
-        now = check_graph(kernel.manifest.graph.model_copy(update={"inputs": {INPUT: shape}}))
-    except BlueprintError as error:
-        return f"input shape is {shape}, it needs {wanted.input_shape}: {error.message}"
-    if now.stored(wanted.dtype) != built.stored(wanted.dtype):
-        return f"input shape is {shape}, it needs {wanted.input_shape}"
+    now = built
+    if shape != built.input_shape:
+        try:
+            now = check_graph(built.graph.model_copy(update={"inputs": {INPUT: shape}}))
+        except BlueprintError as error:
+            return f"input shape is {shape}, it needs {wanted.input_shape}: {error.message}"
+        if now.stored(wanted.dtype) != built.stored(wanted.dtype):
+            return f"input shape is {shape}, it needs {wanted.input_shape}"
     if now.output_shape != adds.output_shape:
         return f"output shape is {adds.output_shape}, it needs {now.output_shape}"
     return None

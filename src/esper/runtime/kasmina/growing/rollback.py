@@ -20,6 +20,7 @@ from esper.errors import GrowthError
 from esper.runtime.kasmina.growing.optimizer import several
 from esper.runtime.kasmina.layer import KasminaLayer
 from esper.runtime.kasmina.layer import SiteState
+from esper.runtime.kasmina.replicas import refuse_replicated
 from esper.runtime.kasmina.wrapping.morphable import STATE
 from esper.runtime.kasmina.wrapping.morphable import ModelState
 from esper.runtime.kasmina.wrapping.morphable import MorphableModel
@@ -48,6 +49,7 @@ class Snapshot:
     nbytes: int
     _model: nn.Module = field(repr=False)
     _sites: tuple[nn.Module, ...] = field(repr=False)
+    _parameters: tuple[nn.Parameter, ...] = field(repr=False)
     _restores: tuple[Restore, ...] = field(repr=False)
 
 
@@ -98,19 +100,24 @@ def snapshot(model: nn.Module, *others: Any) -> Snapshot:
         _remember_other(other, memory)
     memory.restores.append(captured_random_state())
     sites = tuple(module for module in model.modules() if isinstance(module, KasminaLayer))
-    return Snapshot(memory.nbytes, model, sites, tuple(memory.restores))
+    return Snapshot(memory.nbytes, model, sites, tuple(model.parameters()), tuple(memory.restores))
 
 
 def rollback(snapshot: Snapshot) -> None:
     """Take everything that was given to `snapshot` back to that moment, to the bit.
 
     Blocks grafted since are gone, culled ones are back, folded ones are blocks again; `generation` rises, because the
-    structure changed. Raises GrowthError ESP-437 when the model was unwrapped since.
+    structure changed. Raises GrowthError ESP-437 (no snapshot, or the model was unwrapped since), ESP-440 when it has
+    grown since and is inside DistributedDataParallel.
     """
+    if not isinstance(snapshot, Snapshot):
+        raise GrowthError("ESP-437", f"a {type(snapshot).__name__} is no snapshot", hint="esper.snapshot makes one")
     model = snapshot._model
     lost = not isinstance(model, MorphableModel) or not all(isinstance(m, KasminaLayer) for m in snapshot._sites)
     if lost:
         raise GrowthError("ESP-437", "the model was unwrapped since the snapshot: what was grown is plain PyTorch now")
+    if [id(p) for p in model.parameters()] != [id(p) for p in snapshot._parameters]:
+        refuse_replicated(model, "roll back growth")
     for restore in snapshot._restores:
         restore()
     model_state(model).generation += 1

@@ -17,6 +17,7 @@ from esper.runtime.kasmina.keeping.plain_sites import site_obstacle
 from esper.runtime.kasmina.layer import KasminaLayer
 from esper.runtime.kasmina.layer import layer_forward
 from esper.runtime.kasmina.layer import state_of
+from esper.runtime.kasmina.replicas import refuse_replicated
 from esper.runtime.kasmina.wrapping.morphable import M
 from esper.runtime.kasmina.wrapping.morphable import model_state
 from esper.runtime.kasmina.wrapping.morphable import settle
@@ -35,14 +36,16 @@ def unwrap(model: M, *, optimizer: Optimizers | None = None) -> M:
     `torch.fx.GraphModule` of torch's own modules, with the same parameter names plus the block's; hooks move over. Any
     other module (a block, attention, a BatchNorm, a forward of its own) stays what it is and gets a forward hook that
     is generated in the same way: call it as it was called, with the same arguments by position and by name.
-    Give the `optimizer` to train on.
+    Give the `optimizer` to train on: layers that become longer get new parameters, which it would not know.
 
-    Raises SiteError ESP-314 (not wrapped), GrowthError ESP-438 for what cannot be made plain, with the site's name:
-    a pair of layers whose weights were tied or parametrized since it was grown or whose units another block reads, a
-    block that returns its output in a dataclass, and one whose arguments have not been seen. The model then is as it
-    was; culling what is grown there is the way out.
+    Raises SiteError ESP-314 (not wrapped), GrowthError ESP-440 (inside DistributedDataParallel), ESP-438 for what can
+    not be made plain, with the site's name: a pair of layers whose weights were tied or parametrized since it was grown
+    or whose units another block reads, a block that returns its output in a dataclass, and one whose arguments have not
+    been seen. The model then is as it was; culling what is grown there is the way out.
     """
     state = model_state(model)
+    if _grown(model):
+        refuse_replicated(model, "unwrap what has grown")
     _check(model, optimizer)
     state.suspended = False
     fold_all(model, _grown(model), optimizer)

@@ -198,7 +198,7 @@ class Silent:
 
 def near_names(name: str, known: Iterable[str]) -> str:
     """A hint: the names nearest to one that is not known, else what there is."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"candidates: {listed(known)}"
 
 

@@ -219,7 +219,7 @@ def registered(name: str) -> Registered:
                 learn(blueprint)
     entry = TABLE.get(name)
     if entry is None:
-        near = difflib.get_close_matches(name, TABLE, n=1)
+        near = difflib.get_close_matches(str(name), TABLE, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(sorted(TABLE))}"
         _refuse("ESP-421", f"unknown blueprint {shown(name)}", hint=hint)
     return entry
