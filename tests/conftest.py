@@ -1,5 +1,6 @@
 """What every layer of the tests shares: a clean environment, and one real Temporal dev server a session."""
 
+import asyncio
 import os
 import socket
 import subprocess
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from temporalio.client import Client
 
 from esper.runtime.temporal.server import SEARCH_ATTRIBUTES
 from esper.runtime.temporal.server import obtain_server
@@ -32,10 +34,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return here
 
 
-def _accepts(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(0.2)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def _answers(address: str) -> bool:
+    try:
+        asyncio.run(Client.connect(address))
+    except RuntimeError:  # what a server says that listens and is not healthy yet, too
+        return False
+    return True
 
 
 @pytest.fixture(scope="session")
@@ -52,12 +56,13 @@ def temporal_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("temporal") / "server.log"
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as server:
         try:
-            deadline = time.monotonic() + 60
-            while not _accepts(port):
+            address = f"127.0.0.1:{port}"
+            deadline = time.monotonic() + 120
+            while not _answers(address):
                 assert server.poll() is None, f"the dev server ended: {log.read_text()}"
-                assert time.monotonic() < deadline, "the dev server does not accept connections"
+                assert time.monotonic() < deadline, "the dev server does not answer"
                 time.sleep(0.1)
-            yield f"127.0.0.1:{port}"
+            yield address
         finally:
             server.terminate()
             server.wait(10)

@@ -14,12 +14,10 @@ import json
 import os
 import random
 import statistics
-import sys
-import tempfile
 import time
-import traceback
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from benchmarks.engine.report import Report
 from benchmarks.engine.report import options_of
 from benchmarks.engine.stack import Stack
 from benchmarks.engine.stack import histories
+from benchmarks.engine.stack import run_and_exit
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.client import Client
 
@@ -325,20 +324,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="epochs of a run, instead of the length's own number")
     parser.add_argument("--home", type=Path, help="ESPER_HOME to use and keep (default: a temporary one)")
     options = parser.parse_args()
-    code = 0
-    try:
-        if options.home is not None:
-            asyncio.run(run_all(options, options.home.absolute()))
-        else:
-            with tempfile.TemporaryDirectory(prefix="esper-benchmark-") as folder:
-                asyncio.run(run_all(options, Path(folder) / "home"))
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # As every process that used a Temporal client: its ordinary end was seen to crash or hang.
-    os._exit(code)
+    run_and_exit(partial(run_all, options), options.home)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,10 @@ import json
 import os
 import signal
 import statistics
-import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,7 +24,8 @@ from benchmarks.engine.report import Report
 from benchmarks.engine.report import options_of
 from benchmarks.engine.stack import Stack
 from benchmarks.engine.stack import histories
-from benchmarks.engine.workload import STEP
+from benchmarks.engine.stack import run_and_exit
+from benchmarks.engine.step_log import steps_by_process
 from temporalio.client import Client
 
 HIDDEN = 256
@@ -117,12 +116,8 @@ async def _kill(stack: Stack, run_id: str, log: Path, ended: "asyncio.Task[objec
 
 
 def _steps(log: Path) -> tuple[tuple[Step, ...], ...]:
-    made = []
-    for path in log.iterdir():
-        data = path.read_bytes()
-        whole = len(data) // STEP.size * STEP.size
-        made.append(tuple(Step(*fields) for fields in STEP.iter_unpack(data[:whole])))
-    return tuple(sorted((steps for steps in made if steps), key=lambda steps: steps[0].when))
+    made = [tuple(Step(*each) for each in steps) for steps in steps_by_process(log)]
+    return tuple(sorted(made, key=lambda steps: steps[0].when))
 
 
 def row(name: str, run: Trained, undisturbed: Trained) -> tuple[str, ...]:
@@ -214,17 +209,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=60.0, help="seconds between kills (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=400, help="epochs of a run (default: %(default)s)")
     options = parser.parse_args()
-    code = 0
-    try:
-        with tempfile.TemporaryDirectory(prefix="esper-benchmark-") as folder:
-            asyncio.run(run_all(options, Path(folder) / "home"))
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # As every process that used a Temporal client: its ordinary end was seen to crash or hang.
-    os._exit(code)
+    run_and_exit(partial(run_all, options))
 
 
 if __name__ == "__main__":

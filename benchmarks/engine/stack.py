@@ -1,11 +1,18 @@
 """A real local stack (server, orchestrator, trainer, forge, strategist) in a home of its own, and commands on it."""
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
+from collections.abc import Callable
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
+from typing import NoReturn
 
 from temporalio.api.enums.v1 import EventType
 from temporalio.api.history.v1 import HistoryEvent
@@ -77,3 +84,21 @@ async def histories(client: Client, run_id: str) -> list[list[HistoryEvent]]:
             last.workflow_execution_continued_as_new_event_attributes.new_execution_run_id if continued else None
         )
     return found
+
+
+def run_and_exit(measure: Callable[[Path], Coroutine[Any, Any, None]], home: Path | None = None) -> NoReturn:
+    """Measure on a stack in `home` (default: a temporary one), then end this process: 0, or 1 and the traceback."""
+    code = 0
+    try:
+        if home is not None:
+            asyncio.run(measure(home.absolute()))
+        else:
+            with tempfile.TemporaryDirectory(prefix="esper-benchmark-") as folder:
+                asyncio.run(measure(Path(folder) / "home"))
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # As every process that used a Temporal client: its ordinary end was seen to crash or hang.
+    os._exit(code)

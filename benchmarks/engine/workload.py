@@ -9,13 +9,13 @@ import argparse
 import json
 import os
 import random
-import struct
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from benchmarks.engine.step_log import logged
 from torch import Tensor
 from torch import nn
 from torch.nn import functional
@@ -27,7 +27,6 @@ import esper
 FEATURES = 64
 CLASSES = 10
 VALIDATION_ROWS = 1024
-STEP = struct.Struct("<dq")
 SPLIT_SEED = 20_011
 """Of the permutation whose first half of the validation data is evaluated after each epoch."""
 
@@ -66,20 +65,11 @@ def task(rows: int, hidden: int) -> "esper.Task":
 
 
 def logged_task(rows: int, hidden: int, log: str) -> "esper.Task":
-    """`task`, whose AdamW appends each of its steps to `log` / the pid of the process: wall time (float64) and number
-    (int64), `STEP`; a killed process has written all that it did."""
+    """`task`, whose AdamW keeps a `step_log` in the folder `log`."""
     made = task(rows, hidden)
 
     def optimizer(parameters: Any) -> Optimizer:
-        adamw = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
-        file = os.open(Path(log) / str(os.getpid()), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-
-        def note(*_: Any) -> None:
-            first = adamw.param_groups[0]["params"][0]
-            os.write(file, STEP.pack(time.time(), int(adamw.state[first]["step"])))
-
-        adamw.register_step_post_hook(note)
-        return adamw
+        return logged(torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0), Path(log))
 
     made.optimizer = optimizer
     return made

@@ -6,7 +6,7 @@
     │   ├── TargetError                ESP-310..313  the user's own task
     │   ├── SiteError                  ESP-314       layers and sites
     │   ├── DeviceError                ESP-315       devices
-    │   ├── DatasetError               ESP-340..345  data that cannot be trained on
+    │   ├── DatasetError               ESP-340..346  data that cannot be trained on
     │   ├── BlueprintError             ESP-410..428  blueprints, their IR and the limits of the forge
     │   └── GrowthError                ESP-431..440  a graft, cull or fold that cannot be done
     ├── UnavailableError      exit 3   a service cannot be reached or data cannot be had
@@ -175,7 +175,7 @@ _BY_RANGE: tuple[tuple[int, int, type[EsperError]], ...] = (
     (315, 315, DeviceError),
     (321, 324, ObjectsUnavailable),
     (331, 334, DatabaseUnavailable),
-    (340, 345, DatasetError),
+    (340, 346, DatasetError),
     (409, 409, DivergenceError),
     (401, 408, IntegrityError),
     (410, 429, BlueprintError),

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 from activity_bench import Bench
+from book_entries import growth
 from fake_activities import REF
 from fake_activities import SITE
 from fake_activities import FakeWorld
 
 from esper.activities.urza import UrzaActivities
 from esper.contracts.enums import AdaptationState
-from esper.contracts.enums import DecisionKind
 from esper.contracts.enums import Outcome
 from esper.contracts.enums import Verdict
 from esper.contracts.operational import Adaptation
@@ -31,18 +31,7 @@ Play = Callable[..., Any]
 
 
 def decision(reason: str = "because") -> AdaptationDecision:
-    return AdaptationDecision(
-        run_id="r1",
-        epoch=1,
-        policy="fake",
-        kind=DecisionKind.GERMINATE,
-        code="grow",
-        reason=reason,
-        site=SITE.site,
-        seed=0,
-        blueprint="bottleneck",
-        contract=SITE,
-    )
+    return growth(run_id="r1", reason=reason)
 
 
 def adaptation(state: AdaptationState, **known: Any) -> Adaptation:

@@ -13,6 +13,8 @@ from moto.server import ThreadedMotoServer
 from recorded_run import RecordedRun
 
 from esper.commands.actions import connections
+from esper.contracts.enums import DecisionKind
+from esper.contracts.enums import Outcome
 from esper.runtime.configuration import load_config
 from esper.runtime.urza import migration
 from esper.runtime.urza.library import Library
@@ -152,18 +154,35 @@ def test_row_23_a_file_that_is_no_database(say: Say, folder: Path, home: Path, c
     assert not home.exists()
 
 
-def test_row_14_a_run_that_exists_is_a_conflict_before_a_stack_is_started(say: Say, home: Path) -> None:
+@pytest.mark.parametrize(
+    ("outcome", "hint"),
+    [
+        (None, "esper-cli watch mine"),
+        (Outcome.STOPPED, "esper-cli resume mine"),
+        (Outcome.FAILED, "esper-cli resume mine"),
+        (Outcome.COMPLETED, "another --run-id"),
+    ],
+)
+def test_row_14_a_run_that_exists_is_a_conflict_before_a_stack_is_started(
+    say: Say, home: Path, outcome: Outcome | None, hint: str
+) -> None:
     async def record() -> None:
         await migration.upgrade("default", default_file=home / "urza.db")
         async with await Library.open("default", default_file=home / "urza.db") as library:
             config = load_config(None, quick_start="digits", environment={})
-            await RecordedRun(library, FolderStore(home / "objects"), config, "mine").begin()
+            run = RecordedRun(library, FolderStore(home / "objects"), config, "mine")
+            await run.begin()
+            if outcome is not None:
+                await run.epoch(1)
+                await run.decide(1, DecisionKind.WAIT)
+                await (run.fail("ESP-601", "it broke") if outcome is Outcome.FAILED else run.end(outcome))
 
     home.mkdir()
     asyncio.run(record())
     answer = say(*DIGITS, "--run-id", "mine", "--json")
     assert (answer.code, answer.error["code"], answer.error["run_id"]) == (5, "ESP-501", "mine")
-    assert "esper-cli watch mine" in answer.error["hint"]
+    assert f"exists already: {(outcome or Outcome.RUNNING).value} since " in answer.error["message"]
+    assert hint in answer.error["hint"]
 
 
 def test_relative_places_are_those_of_the_person_not_of_the_workers(folder: Path) -> None:

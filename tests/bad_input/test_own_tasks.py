@@ -46,6 +46,43 @@ def spoiled():
 def too_many_labels():
     return make(train=data(labels=9))
 
+class Sizeless:
+    def __init__(self, data, error):
+        self.data, self.error = data, error
+    def __len__(self):
+        raise self.error
+    def __getitem__(self, index):
+        return self.data[index]
+
+class Broken:
+    def __init__(self, data, row):
+        self.data, self.row = data, row
+    def __len__(self):
+        return len(self.data)
+    def __getitem__(self, index):
+        if index == self.row:
+            raise OSError(5, "Input/output error", "/data/rows.bin")
+        return self.data[index]
+
+def no_size():
+    return make(train=Sizeless(data(), FileNotFoundError(2, "No such file", "/data/rows.bin")))
+
+def exiting_size():
+    return make(train=Sizeless(data(), SystemExit("no licence")))
+
+def broken_row():
+    return make(train=Broken(data(), 41))
+
+def unseeded():
+    import numpy
+    drawn = torch.from_numpy(numpy.random.default_rng().random((64, 8), dtype="float32"))
+    return make(train=TensorDataset(drawn, torch.arange(64) % 3))
+
+def unseeded_but_named():
+    task = unseeded()
+    task.data_digest = "version 3"
+    return task
+
 def empty():
     return make(train=data(0))
 
@@ -62,6 +99,10 @@ TARGETS = {
     "row 16: no task": ("mine:no_task", "ESP-312", "not an esper.Task"),
     "row 16: nothing to train": ("mine:no_parameters", "ESP-312", "task."),
     "row 17: no layer to grow at": ("mine:no_linear", "ESP-314", "no supported layer"),
+    "row 16: a size that raises": ("mine:no_size", "ESP-313", "size of train raised FileNotFoundError: [Errno 2]"),
+    "row 16: a size that exits": ("mine:exiting_size", "ESP-313", "size of train raised SystemExit: no licence"),
+    "row 16: a row that raises": ("mine:broken_row", "ESP-313", "train[41] raised OSError: [Errno 5]"),
+    "row 15: other data every time": ("mine:unseeded", "ESP-346", "other data every time"),
     "row 40: NaN": ("mine:spoiled", "ESP-343", "train row 5"),
     "row 40: label": ("mine:too_many_labels", "ESP-342", "train row 3: label 3"),
     "row 40: empty": ("mine:empty", "ESP-340", "train is empty"),
@@ -112,6 +153,10 @@ def test_layers_that_are_not_there(rehearse: Callable[[str], Any], setting: str,
 def test_row_17_layers_may_be_named_by_class_as_in_a_run(rehearse: Callable[[str], Any]) -> None:
     assert rehearse("kasmina.target_layers=[Linear]").code == 0
     assert rehearse("kasmina.exclude=[ReLU]").code == 0
+
+
+def test_row_15_data_that_say_which_they_are_may_be_drawn_anew(rehearse: Callable[[str], Any]) -> None:
+    assert rehearse("task.target='mine:unseeded_but_named'").code == 0
 
 
 def test_row_40_a_batch_larger_than_the_data(rehearse: Callable[[str], Any]) -> None:

@@ -121,9 +121,9 @@ def test_row_37_without_a_temporary_folder_its_variable_is_named(say: Say, stopp
     """In a process of its own: Python asks for the folder once."""
     code = (
         "import tempfile; tempfile.tempdir = '/nonexistent'\n"
-        "from esper.runtime.tolaria.reproduction import scratch_folder\n"
+        "from esper.runtime.scratch import scratch_folder\n"
         "from esper.errors import EsperError\n"
-        "try:\n    scratch_folder().__enter__()\n"
+        "try:\n    scratch_folder('test').__enter__()\n"
         "except EsperError as error:\n    print(error.code, error)\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

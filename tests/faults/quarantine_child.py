@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
-sys.path.insert(0, str(Path(__file__).parent.parent / "tolaria"))
 
 from failing_kernels import failing
 from tolaria_world import Driver

@@ -19,8 +19,8 @@ from tolaria_world import silent
 
 from esper.contracts.enums import FactKind
 from esper.runtime import failpoints
-from esper.runtime.tolaria.reproduction import RecordedRun
 from esper.runtime.tolaria.reproduction import reproduce
+from esper.runtime.urza.collection import collect
 
 pytestmark = [pytest.mark.fault("A1", "A2", "A3", "F3", "I1", "I2", "I11")]
 
@@ -120,17 +120,7 @@ class Crashes:
 
 
 def reproduced(world: World) -> str:
-    library = world.library
-    outcome = reproduce(
-        RecordedRun(
-            run_id="run",
-            config=CONFIG,
-            facts=world.call(library.facts("run")),
-            heads=[(item.head, item.manifest) for item in world.call(library.heads("run"))],
-            get=world.objects.get,
-        ),
-        silent,
-    )
+    outcome = reproduce(world.recorded(CONFIG), silent)
     assert outcome.clean, outcome
     return outcome.digest
 
@@ -141,10 +131,12 @@ def test_the_oracle_is_eventful(oracle: Oracle) -> None:
 
 
 def test_every_failpoint_is_reached(crash: Crashes) -> None:
-    """Those of the first life of a run, and of a second one that finds a graft recorded and not made."""
-    places, _ = crash.at(("fact.executed:graft", 1))
+    """Those of a run's first life, of a second one that finds a graft recorded and not made, and of a collection."""
+    places, world = crash.at(("fact.executed:graft", 1))
     assert places == ["fact.executed:graft"]
-    assert set(failpoints.FAILPOINTS) - crash.reached == set()
+    with failpoints.armed() as seen:
+        world.call(collect(world.library, world.objects, grace_s=-1.0, dry_run=False))
+    assert set(failpoints.FAILPOINTS) - crash.reached - seen.hits.keys() == set()
     kinds = {kind for _, kind, _ in crash.oracle.ended.facts}
     around = ("before_insert", "in_transaction", "after_insert", "executed")
     assert {f"fact.{where}:{kind}" for where in around for kind in kinds} <= crash.reached

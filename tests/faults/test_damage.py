@@ -28,6 +28,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "flipped": lambda path: _rewrite(path, _flipped(path.read_bytes())),
 }
 HOLD = {"hold_epochs": 2, "hold_steps": 0, "keep_margin": 0.0}
+HELD = make_config(tamiyo=HOLD)
 
 
 def _rewrite(path: Path, data: bytes) -> None:
@@ -273,3 +274,99 @@ def test_a_checkpoint_of_a_newer_esper_is_whole_and_not_left(drive: Callable[...
     with pytest.raises(IntegrityError, match="format 99") as caught:
         drive(make_config())
     assert caught.value.code == "ESP-408" and world.call(world.library.rewinds("run")) == ()
+
+
+# --- the checkpoint at which the twin of a graft on probation begins ---
+
+
+def head_at(world: World, step: int) -> HeadRef:
+    head: HeadRef = next(item.head for item in heads(world) if item.head.step == step)
+    return head
+
+
+def damage_head(world: World, step: int, part: str, damage: str) -> Path:
+    """The file of a part of the newest head at a step, which no other head has, and which is damaged now."""
+    (item,) = (item for item in heads(world) if item.head.step == step)
+    path = place(world, parts(world, item.manifest)[part])
+    DAMAGE[damage](path)
+    return path
+
+
+@pytest.fixture
+def expected(drive: Callable[..., Driver]) -> str:
+    whole = grow(drive, HELD, "whole", 4)
+    whole.session.judge("whole/a1", silent)
+    whole.train(5, 6)
+    return whole.digest()
+
+
+def finish(driver: Driver) -> str:
+    """The rest of the run, from wherever it stands."""
+    driver.schedule = (ordered(1, 14),)
+    driver.train(*range(driver.session.describe().epoch + 1, 5))
+    driver.session.judge("run/a1", silent)
+    driver.train(5, 6)
+    return driver.digest()
+
+
+@pytest.mark.parametrize(("part", "damage"), [("model", "flipped"), ("manifest", "truncated"), ("random", "missing")])
+@pytest.mark.parametrize("until", [3, 4])
+def test_a_run_goes_back_behind_a_damaged_start_and_ends_in_the_same_bits(
+    drive: Callable[..., Driver], world: World, expected: str, until: int, part: str, damage: str
+) -> None:
+    grow(drive, HELD, "run", until)
+    newest = heads(world)[-1].head
+    damage_head(world, 14, part, damage)
+    again = drive(HELD)
+    loaded = again.session.describe()
+    # All heads since the graft need the same damaged file: that is one damage, however many they are.
+    assert (loaded.step, loaded.head, loaded.rewound_from) == (7, head_at(world, 7), (newest.digest,))
+    assert "the twin of run/a1 has nowhere to begin" in loaded.warnings[0]
+    (rewind,) = world.call(world.library.rewinds("run"))
+    assert (rewind.from_head, rewind.to_head) == (newest.digest, loaded.head.digest)
+    assert len(quarantined(world)) == (0 if damage == "missing" else 1)
+    assert finish(again) == expected
+    assert world.call(world.library.run("run")).divergences == 0
+    assert world.facts() == world.facts("whole")
+
+
+def test_a_damaged_start_and_a_damaged_head_before_it_stop_the_run(
+    drive: Callable[..., Driver], world: World, expected: str
+) -> None:
+    grow(drive, HELD, "run", 4)
+    paths = [damage_head(world, step, "model", "flipped") for step in (7, 14)]
+    with pytest.raises(IntegrityError) as caught:
+        drive(HELD)
+    assert (caught.value.code, caught.value.exit_code) == ("ESP-402", 4)
+    assert "at step 28" in caught.value.message and "at step 7" in caught.value.message
+    assert world.call(world.library.rewinds("run")) == () and quarantined(world) == []
+    # With the start restored from a copy it goes on where it stood.
+    DAMAGE["flipped"](paths[1])
+    again = drive(HELD)
+    assert again.session.describe().step == 28
+    assert finish(again) == expected
+
+
+def test_a_start_that_is_damaged_after_the_run_was_loaded_gives_no_verdict_and_the_next_load_mends_it(
+    drive: Callable[..., Driver], world: World, expected: str
+) -> None:
+    driver = grow(drive, HELD, "run", 4)
+    damage_head(world, 14, "optimizer", "flipped")
+    facts = world.facts()
+    with pytest.raises(IntegrityError) as caught:
+        driver.session.judge("run/a1", silent)
+    assert (caught.value.code, caught.value.exit_code) == ("ESP-407", 4)
+    assert "run/a1" in caught.value.message
+    assert caught.value.hint is not None and "esper-cli resume run" in caught.value.hint
+    assert world.facts() == facts
+    assert finish(drive(HELD)) == expected
+
+
+@pytest.mark.unchecked("I7")
+def test_a_start_is_of_no_matter_once_the_verdict_is_in_the_head(drive: Callable[..., Driver], world: World) -> None:
+    driver = grow(drive, HELD, "run", 4)
+    driver.session.judge("run/a1", silent)
+    driver.train(5)
+    damage_head(world, 14, "model", "flipped")
+    loaded = drive(HELD).session.describe()
+    assert (loaded.step, loaded.warnings) == (35, ())

@@ -3,10 +3,8 @@
 import asyncio
 import json
 import sqlite3
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from local_stack import LocalStack
@@ -36,20 +34,11 @@ def stopped(stack: LocalStack, run_id: str) -> list[CommittedHead]:
 
 
 def stop(stack: LocalStack, run_id: str, *, beyond: int) -> list[CommittedHead]:
-    wait_for(stack, run_id, lambda document: document["epochs"] >= beyond)
+    stack.until(run_id, lambda document: document["epochs"] >= beyond)
     stack.ok("stop", run_id)
-    document = wait_for(stack, run_id, lambda document: document["outcome"] == "stopped")
+    document = stack.until(run_id, lambda document: document["outcome"] == "stopped")
     assert document["epochs"] < EPOCHS
     return heads(stack, run_id)
-
-
-def wait_for(stack: LocalStack, run_id: str, condition: Any) -> dict[str, Any]:
-    deadline = time.monotonic() + 240
-    while not condition(document := stack.ok("show", run_id, "--json").document):
-        assert time.monotonic() < deadline, f"{document}\n{stack.logs()}"
-        time.sleep(0.2)
-    shown: dict[str, Any] = document
-    return shown
 
 
 def heads(stack: LocalStack, run_id: str) -> list[CommittedHead]:

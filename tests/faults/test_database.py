@@ -16,6 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from outlasting import BAD_LINES
+from outlasting import EPOCH
+from outlasting import hurried as hurried
+from outlasting import outlast
+from outlasting import survive
 from postgres_server import TcpPostgres
 from postgres_server import tcp_postgres
 from sqlalchemy import event
@@ -24,9 +29,9 @@ from tcp_proxy import Weather
 from tolaria_world import Driver
 from tolaria_world import World
 from tolaria_world import make_config
+from tolaria_world import undisturbed_digest
 from typer.testing import CliRunner
 
-from esper.activities import patience as patience_module
 from esper.activities import trainer_store as trainer_store_module
 from esper.activities.trainer_store import UrzaStore
 from esper.cli import app
@@ -41,54 +46,17 @@ from esper.runtime.urza import engine as engine_module
 from esper.runtime.urza import migration
 from esper.runtime.urza.library import Library
 
-EPOCH = 7
-
 Drive = Callable[..., Driver]
 
 
 @pytest.fixture(autouse=True)
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience_module, "FIRST_WAIT_S", 0.05)
-    monkeypatch.setattr(patience_module, "LONGEST_WAIT_S", 0.2)
+def short_lock_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "BUSY_TIMEOUT_MS", 200)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    for _ in range(2400):
-        if condition():
-            return
-        time.sleep(0.025)
-    raise AssertionError("it did not come to that")
-
-
-def step_of(driver: Driver) -> int:
-    return driver.session.describe().step
-
-
-def outlast(driver: Driver, begin: Callable[[], object], end: Callable[[], object]) -> None:
-    """Two epochs are ordered while nothing can be committed: the second is trained to its end, and no step more."""
-    driver.train(1)
-    begin()
-    with ThreadPoolExecutor(2) as orders:
-        try:
-            both = [orders.submit(driver.train, epoch) for epoch in (2, 3)]
-            until(lambda: step_of(driver) == 3 * EPOCH)
-            time.sleep(0.5)
-            assert step_of(driver) == 3 * EPOCH
-            assert not any(order.done() for order in both)
-        finally:
-            end()
-        assert [order.result(60)[0].epoch for order in both] == [2, 3]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    world = World(tmp_path_factory.mktemp("undisturbed"))
-    driver = Driver(world, world.open(make_config()))
-    driver.train(1, 2, 3)
-    digest = driver.digest()
-    world.close()
-    return digest
+    return undisturbed_digest(tmp_path_factory.mktemp("undisturbed"), make_config(), 3)
 
 
 @pytest.mark.fault("C5", "E1", "I1", "I10", "I11")
@@ -312,25 +280,12 @@ def test_a_server_that_is_restarted_is_waited_for(server: TcpPostgres, far: Data
 
 @pytest.mark.postgres
 @pytest.mark.fault("C6", "I1")
-@pytest.mark.parametrize("weather", ["slow", "sliced", "reset", "half open"])
+@pytest.mark.parametrize("weather", BAD_LINES)
 def test_a_bad_line_to_the_server_loses_nothing(
     far: DatabaseWorld, proxy: TcpProxy, weather: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer_store_module, "CALL_LIMIT_S", 2.0 if weather == "half open" else 45.0)
     store, head = opened(far, weather.replace(" ", "-"))
-    if weather == "slow":
-        proxy.up = proxy.down = Weather(delay_s=0.05)
-    elif weather == "sliced":
-        proxy.up = proxy.down = Weather(delay_s=0.001, slice_bytes=10)
-    elif weather == "reset":
-        proxy.refuse = True
-        proxy.reset()
-    else:
-        proxy.blackhole()
-    with ThreadPoolExecutor(1) as pool:
-        commit = pool.submit(following, store, head)
-        time.sleep(1.0)
-        assert weather in ("slow", "sliced") or not commit.done()
-        proxy.heal()
-        after = commit.result(60)
+    slow, sliced = Weather(delay_s=0.05), Weather(delay_s=0.001, slice_bytes=10)
+    after = survive(weather, proxy, lambda: following(store, head), slow=slow, sliced=sliced)
     assert [item.head for item in far.call(far.library.heads(store.lease.run_id))] == [head, after]

@@ -8,12 +8,11 @@ from typing import Any
 from typing import TypeVar
 
 import pytest
-from fake_activities import GRAPH
-from fake_activities import REF
-from fake_activities import SITE
-from fake_activities import STEPS_PER_EPOCH
+from book_entries import growth
+from book_entries import kernel_for
+from book_entries import progress
+from book_entries import report
 from fake_activities import FakeWorld
-from fake_activities import head
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -28,32 +27,23 @@ from workflow_stage import stage
 
 from esper.activities import names
 from esper.contracts.enums import AdaptationState
-from esper.contracts.enums import DecisionKind
 from esper.contracts.enums import FactKind
 from esper.contracts.enums import Outcome
 from esper.contracts.messages import Envelope
 from esper.contracts.messages import KernelReady
 from esper.contracts.messages import RequestAdaptation
 from esper.contracts.operational import Adaptation
-from esper.contracts.operational import AdaptationDecision
 from esper.contracts.operational import Fact
 from esper.contracts.operational import KernelDelivery
-from esper.contracts.orders import EpochRequest
 from esper.contracts.orders import InstallRequest
 from esper.contracts.orders import InstallResult
-from esper.contracts.orders import Lease
-from esper.contracts.orders import LoadedRun
 from esper.contracts.orders import RunRecord
 from esper.contracts.orders import RunStatus
-from esper.contracts.orders import TrainingRequest
 from esper.contracts.orders import TrainingState
-from esper.workflows.adaptation_book import scheduled
 from esper.workflows.run_progress import RunProgress
 from esper.workflows.training_run import TrainingRun
 
 ResultT = TypeVar("ResultT")
-
-LEASE = Lease(run_id="r", task_queue="q", lease_gen=1)
 
 
 def play(address: str, world: FakeWorld, scene: Callable[[Stage], Awaitable[ResultT]]) -> ResultT:
@@ -62,17 +52,6 @@ def play(address: str, world: FakeWorld, scene: Callable[[Stage], Awaitable[Resu
             return await scene(on)
 
     return asyncio.run(whole())
-
-
-def kernel_for(adaptation: Adaptation) -> KernelDelivery:
-    return KernelDelivery(
-        delivery_id=REF.digest,
-        adaptation=scheduled(adaptation),
-        kernel=REF.digest,
-        manifest=REF,
-        weights=REF,
-        certificate=REF,
-    )
 
 
 def letter(run_id: str, delivery: KernelDelivery) -> Envelope[KernelReady]:
@@ -88,39 +67,8 @@ def letter(run_id: str, delivery: KernelDelivery) -> Envelope[KernelReady]:
 # --- the pure part ------------------------------------------------------------------------------------------------
 
 
-def begun(state: TrainingState | None = None) -> RunProgress:
-    progress = RunProgress(TrainingRequest(run_id="r", config=configuration(200), state=state))
-    if state is None:
-        loaded = LoadedRun(
-            step=0,
-            epoch=0,
-            steps_per_epoch=STEPS_PER_EPOCH,
-            head=head(0),
-            device="cpu",
-            threads=1,
-            parameters=100,
-            model_name="Fake",
-            graph=GRAPH,
-        )
-        progress.take_lease(LEASE, loaded)
-    return progress
-
-
-def order(progress: RunProgress, epoch: int) -> Adaptation:
-    decision = AdaptationDecision(
-        run_id="r",
-        epoch=epoch,
-        policy="fake",
-        kind=DecisionKind.GERMINATE,
-        code="grow",
-        reason="because",
-        site=SITE.site,
-        seed=0,
-        blueprint="bottleneck",
-        contract=SITE,
-    )
-    report = FakeWorld()._report(EpochRequest(lease=LEASE, epoch=epoch), ())
-    adaptation = progress.book.order("r", decision, report, progress.apply_step(epoch))
+def order(run: RunProgress, epoch: int) -> Adaptation:
+    adaptation = run.book.order("r", growth(epoch), report(epoch), run.apply_step(epoch))
     assert adaptation is not None
     return adaptation
 
@@ -141,8 +89,8 @@ COPIES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 def test_each_kernel_is_taken_once_however_often_and_in_whatever_order_it_comes(
     copies: list[int], shuffle: Any
 ) -> None:
-    progress = begun()
-    kernels = [kernel_for(order(progress, epoch)) for epoch in range(1, len(copies) + 1)]
+    run = progress(200)
+    kernels = [kernel_for(order(run, epoch)) for epoch in range(1, len(copies) + 1)]
     events: list[KernelDelivery | str] = [
         kernel for kernel, count in zip(kernels, copies, strict=True) for _ in range(count)
     ]
@@ -151,43 +99,43 @@ def test_each_kernel_is_taken_once_however_often_and_in_whatever_order_it_comes(
     taken: list[str] = []
     for event in events:
         if isinstance(event, KernelDelivery):
-            news = progress.take_delivery(event)
+            news = run.take_delivery(event)
             taken += [] if news is None else [news.adaptation_id]
         else:
-            carried = TrainingState.model_validate_json(progress.to_state().model_dump_json())
-            progress = begun(carried)
+            carried = TrainingState.model_validate_json(run.to_state().model_dump_json())
+            run = progress(200, carried)
     assert sorted(taken) == [f"r/a{number}" for number in range(1, len(copies) + 1)]
-    assert progress.messages.repeated == sum(copies) - len(copies)
-    assert (progress.messages.stale, progress.messages.dead_letters) == (0, 0)
-    assert {sent.adaptation.adaptation_id for sent in progress.book.deliveries()} == set(taken)
+    assert run.messages.repeated == sum(copies) - len(copies)
+    assert (run.messages.stale, run.messages.dead_letters) == (0, 0)
+    assert {sent.adaptation.adaptation_id for sent in run.book.deliveries()} == set(taken)
 
 
 @pytest.mark.fault("F2", "I3", "I8")
 @pytest.mark.parametrize("ended", [FactKind.CULL, FactKind.FOSSILIZE, FactKind.MISSED, FactKind.QUARANTINE])
 def test_a_kernel_for_what_is_over_is_counted_and_changes_nothing(ended: FactKind) -> None:
-    progress = begun()
-    adaptation = order(progress, 1)
+    run = progress(200)
+    adaptation = order(run, 1)
     if ended is not FactKind.MISSED:
-        progress.book.apply(fact(adaptation.adaptation_id, FactKind.GRAFT))
-    progress.book.apply(fact(adaptation.adaptation_id, ended))
-    before = progress.book.all()
-    assert progress.take_delivery(kernel_for(adaptation)) is None
-    assert progress.book.all() == before and progress.book.deliveries() == ()
-    assert progress.messages.stale == 1
-    assert adaptation.adaptation_id in progress.messages.recent[0]
+        run.book.apply(fact(adaptation.adaptation_id, FactKind.GRAFT))
+    run.book.apply(fact(adaptation.adaptation_id, ended))
+    before = run.book.all()
+    assert run.take_delivery(kernel_for(adaptation)) is None
+    assert run.book.all() == before and run.book.deliveries() == ()
+    assert run.messages.stale == 1
+    assert adaptation.adaptation_id in run.messages.recent[0]
 
 
 @pytest.mark.fault("F2", "I3")
 def test_a_kernel_that_nobody_ordered_or_ordered_otherwise_is_stale() -> None:
-    progress = begun()
-    adaptation = order(progress, 1)
+    run = progress(200)
+    adaptation = order(run, 1)
     elsewhere = adaptation.model_copy(update={"seed_generation": 7})
     unknown = adaptation.model_copy(update={"adaptation_id": "r/a9"})
     for wrong in (elsewhere, unknown):
-        assert progress.take_delivery(kernel_for(wrong)) is None
-    assert progress.messages.stale == 2
-    assert "ordered otherwise" in progress.messages.recent[0] and "not ordered" in progress.messages.recent[1]
-    assert progress.take_delivery(kernel_for(adaptation)) is not None
+        assert run.take_delivery(kernel_for(wrong)) is None
+    assert run.messages.stale == 2
+    assert "ordered otherwise" in run.messages.recent[0] and "not ordered" in run.messages.recent[1]
+    assert run.take_delivery(kernel_for(adaptation)) is not None
 
 
 @pytest.mark.fault("F5", "I6", "I8")
@@ -195,20 +143,20 @@ def test_a_kernel_that_nobody_ordered_or_ordered_otherwise_is_stale() -> None:
 @settings(deadline=None)
 def test_of_two_adaptations_for_one_seed_the_first_is_grafted_and_the_other_ends(events: list[str]) -> None:
     """What the trainer recorded rules, in whatever order the news of both comes."""
-    progress = begun()
-    first, second = order(progress, 1), order(progress, 2)
+    run = progress(200)
+    first, second = order(run, 1), order(run, 2)
     for event in events:
         what, number = event.split()
         subject = first if number == "1" else second
         if what == "deliver":
-            progress.take_delivery(kernel_for(subject))
+            run.take_delivery(kernel_for(subject))
         elif what == "graft":
-            progress.book.apply(fact(subject.adaptation_id, FactKind.GRAFT))
+            run.book.apply(fact(subject.adaptation_id, FactKind.GRAFT))
         else:
-            progress.book.fail(subject.adaptation_id, AdaptationState.STALE, "the seed has been taken")
-    states = [adaptation.state for adaptation in progress.book.all()]
+            run.book.fail(subject.adaptation_id, AdaptationState.STALE, "the seed has been taken")
+    states = [adaptation.state for adaptation in run.book.all()]
     assert states == [AdaptationState.TRAINING, AdaptationState.STALE]
-    assert progress.book.schedule() == () and progress.book.deliveries() == ()
+    assert run.book.schedule() == () and run.book.deliveries() == ()
 
 
 # --- on a real server ---------------------------------------------------------------------------------------------

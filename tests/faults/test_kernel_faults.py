@@ -14,7 +14,7 @@ from failing_kernels import raises
 from failing_kernels import raises_backward
 from failing_kernels import runs_out_of_memory
 from tolaria_world import Driver
-from tolaria_world import World
+from tolaria_world import assert_reproduced
 from tolaria_world import make_config
 from tolaria_world import ordered
 from tolaria_world import silent
@@ -29,9 +29,6 @@ from esper.runtime import failpoints
 from esper.runtime.tolaria.checkpoint import restore
 from esper.runtime.tolaria.live.kernel_faults import guard
 from esper.runtime.tolaria.live.kernel_faults import pace
-from esper.runtime.tolaria.reproduction import RecordedRun
-from esper.runtime.tolaria.reproduction import Reproduction
-from esper.runtime.tolaria.reproduction import reproduce
 
 Open = Callable[..., Driver]
 
@@ -63,21 +60,6 @@ def train_failing(
 ) -> list[EpochReport]:
     with failing(fault, steps, functools.partial(step_of, driver), evaluating=evaluating):
         return driver.train(*epochs)
-
-
-def reproduced(world: World, settings: EsperConfig, run_id: str = "run") -> Reproduction:
-    """From the records alone, with kernels that are well: only the facts can tell what happened."""
-    heads = [(item.head, item.manifest) for item in world.call(world.library.heads(run_id))]
-    facts = world.call(world.library.facts(run_id))
-    return reproduce(RecordedRun(run_id, settings, facts, heads, world.objects.get), silent)
-
-
-def assert_reproduced(driver: Driver, settings: EsperConfig, run_id: str = "run") -> None:
-    digest = driver.digest()
-    outcome = reproduced(driver.world, settings, run_id)
-    assert outcome.clean, outcome
-    assert all(head.same for head in outcome.heads)
-    assert outcome.digest == digest
 
 
 def plain_digest(drive: Open, settings: EsperConfig, epochs: int = 6) -> str:
@@ -120,7 +102,7 @@ def test_failed_step_is_taken_without_the_kernel_and_reproduced(
     driver.train(4)
     assert driver.session.judge("run/a1", silent).verdict is Verdict.CULL
     driver.train(5, 6)
-    assert_reproduced(driver, settings)
+    assert_reproduced(driver.world, settings, driver.digest())
 
 
 @pytest.mark.fault("A9", "I6", "I8", "I10", "I11")
@@ -144,7 +126,7 @@ def test_three_strikes_open_the_breaker_and_leave_what_never_had_the_kernel(
     verdict = driver.session.judge("run/a1", silent)
     assert verdict.verdict is Verdict.VOID and "breaker" in verdict.reason
     driver.train(5, 6)
-    assert_reproduced(driver, settings)
+    assert_reproduced(driver.world, settings, driver.digest())
     assert driver.digest() == plain_digest(drive, settings)
 
 
@@ -175,7 +157,7 @@ def test_failure_now_and_then_does_not_open_the_breaker(drive: Open) -> None:
     assert reports[-1].held_adaptation == "run/a1"
     driver.session.judge("run/a1", silent)
     driver.train(5, 6)
-    assert_reproduced(driver, settings)
+    assert_reproduced(driver.world, settings, driver.digest())
 
 
 @pytest.mark.fault("A9")
@@ -213,7 +195,7 @@ def test_strikes_survive_a_restart(drive: Open) -> None:
     (third,) = train_failing(again, raises, range(GRAFT, 100), 3)
     assert (third.facts[-1].kind, third.facts[-1].apply_step) == (FactKind.BREAKER, GRAFT + 3)
     again.train(4, 5, 6)
-    assert_reproduced(again, settings)
+    assert_reproduced(again.world, settings, again.digest())
     assert again.digest() == plain_digest(drive, settings)
 
 
@@ -241,7 +223,7 @@ def test_recorded_strike_rules_after_a_crash_around_it(drive: Open, place: str) 
     again.train(4)
     again.session.judge("run/a1", silent)
     again.train(5, 6)
-    assert_reproduced(again, settings)
+    assert_reproduced(again.world, settings, again.digest())
 
 
 @pytest.mark.fault("A7", "I5", "I10", "I11")
@@ -258,7 +240,7 @@ def test_kernel_that_runs_out_of_memory_is_removed_at_once_and_the_batch_taken_w
     assert "out of memory" in third.facts[-1].reason
     assert third.step == 21 and third.samples == 200
     driver.train(4, 5, 6)
-    assert_reproduced(driver, settings)
+    assert_reproduced(driver.world, settings, driver.digest())
     assert driver.digest() == plain_digest(drive, settings)
 
 
@@ -272,7 +254,7 @@ def test_kernel_that_fails_at_its_birth_is_culled(drive: Open, fault: Callable[.
     assert [fact.kind for fact in third.facts] == [FactKind.GRAFT, FactKind.CULL]
     assert "rejected" in third.facts[-1].reason
     driver.train(4, 5, 6)
-    assert_reproduced(driver, settings)
+    assert_reproduced(driver.world, settings, driver.digest())
     assert driver.digest() == plain_digest(drive, settings)
 
 
@@ -298,7 +280,7 @@ def test_kernel_that_fails_only_in_evaluation_is_removed_there(
     assert report.held_adaptation is None
     driver.session.judge("run/a1", silent)
     driver.train(*range(epoch + 1, 7))
-    assert_reproduced(driver, settings)
+    assert_reproduced(driver.world, settings, driver.digest())
 
 
 @pytest.mark.fault("A9")
@@ -420,4 +402,4 @@ def test_slow_kernel_is_removed_and_reproduced_as_recorded(drive: Open, monkeypa
     assert [fact.apply_step for fact in opened] == [GRAFT + 10]
     assert "with its kernel" in opened[0].reason
     driver.train(5, 6)
-    assert_reproduced(driver, settings)
+    assert_reproduced(driver.world, settings, driver.digest())

@@ -1,13 +1,10 @@
 """The object store goes away, stalls, tears or refuses in the middle of a run: training goes on until its next commit
 must wait, waits there, and ends in the bits that it would have ended in."""
 
-import ctypes
 import logging
-import os
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,11 +14,17 @@ from object_front import SECRET
 from object_front import Front
 from object_front import running_front
 from object_front import store_at
+from outlasting import BAD_LINES
+from outlasting import EPOCH
+from outlasting import hurried as hurried
+from outlasting import outlast
+from outlasting import survive
 from tcp_proxy import TcpProxy
 from tcp_proxy import Weather
 from tolaria_world import Driver
 from tolaria_world import World
 from tolaria_world import make_config
+from tolaria_world import undisturbed_digest
 
 from esper.activities import patience as patience_module
 from esper.activities.patience import Patience
@@ -33,15 +36,9 @@ from esper.runtime.urza.objects import FolderStore
 from esper.runtime.urza.objects import reference
 
 DATA = b"weights " * 20_000
-EPOCH = 7
+LEASE = Lease(run_id="run", task_queue="q", lease_gen=1)
 
 Drive = Callable[..., Driver]
-
-
-@pytest.fixture(autouse=True)
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience_module, "FIRST_WAIT_S", 0.05)
-    monkeypatch.setattr(patience_module, "LONGEST_WAIT_S", 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -59,21 +56,7 @@ def front(door: Front) -> Front:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The digest after four epochs that nothing disturbed."""
-    world = World(tmp_path_factory.mktemp("undisturbed"))
-    driver = Driver(world, world.open(make_config()))
-    driver.train(1, 2, 3, 4)
-    digest = driver.digest()
-    world.close()
-    return digest
-
-
-def until(condition: Callable[[], bool]) -> None:
-    for _ in range(2400):
-        if condition():
-            return
-        time.sleep(0.025)
-    raise AssertionError("it did not come to that")
+    return undisturbed_digest(tmp_path_factory.mktemp("undisturbed"), make_config(), 4)
 
 
 def open_files() -> int:
@@ -84,26 +67,13 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "esper.activities.patience"]
 
 
-def step_of(driver: Driver) -> int:
-    return driver.session.describe().step
+def outlast_and_stand(driver: Driver, world: World, begin: Callable[[], object], end: Callable[[], object]) -> None:
+    """`outlast`, in which the run stands where it stood when the store went away."""
 
+    def stands() -> None:
+        assert world.call(world.library.run("run")).steps == EPOCH
 
-def outlast(driver: Driver, world: World, begin: Callable[[], object], end: Callable[[], object]) -> None:
-    """Two epochs are ordered while the store is away. Training comes to the end of the second and waits there, as the
-    commit of the first is still in flight; once the store is back, both are committed."""
-    driver.train(1)
-    begin()
-    with ThreadPoolExecutor(2) as orders:
-        try:
-            both = [orders.submit(driver.train, epoch) for epoch in (2, 3)]
-            until(lambda: step_of(driver) == 3 * EPOCH)
-            time.sleep(0.3)
-            assert step_of(driver) == 3 * EPOCH
-            assert not any(order.done() for order in both)
-            assert world.call(world.library.run("run")).steps == EPOCH
-        finally:
-            end()
-        assert [order.result(60)[0].epoch for order in both] == [2, 3]
+    outlast(driver, begin, end, stands)
 
 
 FAULTS = [
@@ -127,7 +97,7 @@ def test_training_goes_on_until_its_next_commit_must_wait(
     world.objects = store_at(front.endpoint)  # type: ignore[assignment]
     driver = drive(make_config())
     with caplog.at_level(logging.WARNING, "esper.activities.patience"):
-        outlast(driver, world, lambda: setattr(front, "fault", fault), lambda: setattr(front, "fault", None))
+        outlast_and_stand(driver, world, lambda: setattr(front, "fault", fault), lambda: setattr(front, "fault", None))
     assert front.refused
     assert BUCKET in said(caplog)[0]
     assert front.endpoint in said(caplog)[0]
@@ -149,7 +119,7 @@ def test_a_server_that_refuses_connections_is_waited_for(
             proxy.refuse = True
             proxy.reset()
 
-        outlast(driver, world, cut, proxy.heal)
+        outlast_and_stand(driver, world, cut, proxy.heal)
         driver.train(4)
         assert driver.digest() == undisturbed
 
@@ -228,7 +198,7 @@ def test_waits_grow_to_a_cap_and_other_errors_are_not_tried_again(monkeypatch: p
 def test_half_an_object_is_never_taken_for_one(world: World, front: Front, fault: str, times: int) -> None:
     """Five times is more than the store itself tries: then the trainer's patience takes over."""
     world.objects = store_at(front.endpoint)  # type: ignore[assignment]
-    store = UrzaStore(world._loop, world.library, world.objects, Lease(run_id="run", task_queue="q", lease_gen=1))
+    store = world.store_under(LEASE)
     ref = store.put(DATA)
     front.fault, front.times = fault, times
     began = time.monotonic()
@@ -240,7 +210,7 @@ def test_half_an_object_is_never_taken_for_one(world: World, front: Front, fault
 @pytest.mark.fault("D6")
 def test_a_put_that_was_done_and_not_answered_is_one_object(world: World, front: Front) -> None:
     world.objects = store_at(front.endpoint)  # type: ignore[assignment]
-    store = UrzaStore(world._loop, world.library, world.objects, Lease(run_id="run", task_queue="q", lease_gen=1))
+    store = world.store_under(LEASE)
     front.fault, front.times = "swallow", 2
     ref = store.put(b"once")
     assert front.refused == 2
@@ -248,43 +218,16 @@ def test_a_put_that_was_done_and_not_answered_is_one_object(world: World, front:
 
 
 @pytest.mark.fault("C6")
-@pytest.mark.parametrize("weather", ["slow", "sliced", "reset", "half open"])
+@pytest.mark.parametrize("weather", BAD_LINES)
 def test_a_bad_line_to_the_store_loses_nothing_and_leaks_nothing(world: World, front: Front, weather: str) -> None:
     with TcpProxy(front.endpoint.removeprefix("http://")) as proxy:
         world.objects = store_at(f"http://{proxy.address}")  # type: ignore[assignment]
-        store = UrzaStore(world._loop, world.library, world.objects, Lease(run_id="run", task_queue="q", lease_gen=1))
+        store = world.store_under(LEASE)
         store.put(b"warm")
         before = open_files()
-        with ThreadPoolExecutor(2) as pool:
-            if weather == "slow":
-                proxy.up = proxy.down = Weather(delay_s=0.1)
-            elif weather == "sliced":
-                proxy.up = Weather(delay_s=0.002, slice_bytes=4000)
-            elif weather == "reset":
-                proxy.refuse = True
-                proxy.reset()
-            else:
-                proxy.blackhole()
-            work = pool.submit(lambda: store.get(store.put(DATA)))
-            time.sleep(1.0)
-            assert weather in ("slow", "sliced") or not work.done()
-            proxy.heal()
-            assert work.result(60) == DATA
+        slow, sliced = Weather(delay_s=0.1), Weather(delay_s=0.002, slice_bytes=4000)
+        assert survive(weather, proxy, lambda: store.get(store.put(DATA)), slow=slow, sliced=sliced) == DATA
         assert abs(open_files() - before) <= 8
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"tmpfs", str(place).encode(), b"tmpfs", 0, b"size=1m") != 0:
-        pytest.skip(f"no file system may be mounted here: {os.strerror(ctypes.get_errno())}")
-    try:
-        yield place
-    finally:
-        assert libc.umount2(str(place).encode(), 2) == 0
 
 
 @pytest.mark.fault("D9", "I1", "I11")
@@ -301,7 +244,7 @@ def test_a_full_disk_is_named_and_waited_for(
                 file.write(b"x" * 4096)
 
     with caplog.at_level(logging.WARNING, "esper.activities.patience"):
-        outlast(driver, world, fill, ballast.unlink)
+        outlast_and_stand(driver, world, fill, ballast.unlink)
     words = "\n".join(said(caplog))
     assert str(small_disk) in words
     assert "No space left" in words

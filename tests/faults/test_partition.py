@@ -14,22 +14,15 @@ from typing import Any
 import pytest
 from tcp_proxy import TcpProxy
 from tcp_proxy import Weather
-from trainer_stage import STEPS_PER_EPOCH
+from trainer_stage import EPOCHS
 from trainer_stage import TrainerStage
+from trainer_stage import assert_whole
+from trainer_stage import digest as digest
 from trainer_stage import trainer_stage
-from trainer_stage import undisturbed_digest
 
-from esper.contracts.enums import Outcome
 from esper.contracts.orders import RunRecord
 
 pytestmark = [pytest.mark.temporal, pytest.mark.system, pytest.mark.timeout(400)]
-
-EPOCHS = 6
-
-
-@pytest.fixture(scope="module")
-def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return undisturbed_digest(tmp_path_factory.mktemp("undisturbed"), EPOCHS)
 
 
 @pytest.fixture
@@ -49,12 +42,6 @@ def play(temporal_address: str, tmp_path: Path) -> Callable[..., Any]:
         return asyncio.run(whole())
 
     return playing
-
-
-def assert_whole(record: RunRecord, digest: str) -> None:
-    assert (record.outcome, record.divergences) == (Outcome.COMPLETED, 0)
-    assert record.steps == EPOCHS * STEPS_PER_EPOCH
-    assert record.finished is not None and record.finished.digest == digest
 
 
 @pytest.mark.slow

@@ -10,23 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trainer_stage import EPOCHS
 from trainer_stage import STEPS_PER_EPOCH
 from trainer_stage import TrainerStage
+from trainer_stage import assert_whole
+from trainer_stage import digest as digest
 from trainer_stage import trainer_stage
-from trainer_stage import undisturbed_digest
 
-from esper.contracts.enums import Outcome
 from esper.contracts.orders import RunRecord
 
 pytestmark = [pytest.mark.temporal, pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(400)]
 
 Scene = Callable[[TrainerStage], Any]
-EPOCHS = 6
-
-
-@pytest.fixture(scope="module")
-def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return undisturbed_digest(tmp_path_factory.mktemp("undisturbed"), EPOCHS)
 
 
 @pytest.fixture
@@ -39,12 +34,6 @@ def play(temporal_address: str, tmp_path: Path) -> Callable[..., Any]:
         return asyncio.run(whole())
 
     return playing
-
-
-def assert_whole(record: RunRecord, digest: str) -> None:
-    assert (record.outcome, record.divergences) == (Outcome.COMPLETED, 0)
-    assert record.steps == EPOCHS * STEPS_PER_EPOCH
-    assert record.finished is not None and record.finished.digest == digest
 
 
 @pytest.mark.fault("A4", "I1", "I9", "I11")
@@ -100,6 +89,22 @@ def test_a_stuck_step_is_found_and_its_process_ends_itself(play: Callable[..., A
     assert "Timeout (0:00:" in output and "in obey" in output, output
     assert taken < 60
     print(f"{hang}: claimed elsewhere after {taken:.1f} s, ended after {gone:.1f} s; restarts {record.restarts}")
+
+
+@pytest.mark.fault("A5")
+def test_a_long_step_that_its_run_allows_costs_no_trainer(play: Callable[..., Any], digest: str) -> None:
+    async def scene(on: TrainerStage) -> RunRecord:
+        handle = await on.start(EPOCHS, pace=0.1, step_timeout_s=60.0)
+        await on.claimed()
+        await on.trained(handle.id, 1)
+        on.obey("pace", "14")
+        await asyncio.sleep(2)
+        on.obey("pace", "0")
+        return await asyncio.wait_for(handle.result(), 120)
+
+    record = play(scene)
+    assert_whole(record, digest)
+    assert record.restarts == 0
 
 
 @pytest.mark.fault("A12", "I1", "I5", "I11")

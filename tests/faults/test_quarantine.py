@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tolaria_world import Driver
 from tolaria_world import World
+from tolaria_world import assert_reproduced
 from tolaria_world import make_config
 from tolaria_world import ordered
 from tolaria_world import silent
@@ -28,8 +29,6 @@ from esper.contracts.operational import KernelDelivery
 from esper.errors import LeaseLost
 from esper.runtime import failpoints
 from esper.runtime.tezzeret.manifest import KernelManifest
-from esper.runtime.tolaria.reproduction import RecordedRun
-from esper.runtime.tolaria.reproduction import reproduce
 from esper.workflows.adaptation_book import AdaptationBook
 
 Open = Callable[..., Driver]
@@ -68,14 +67,6 @@ def finish(drive: Open) -> Driver:
     return driver
 
 
-def assert_reproduced(world: World, digest: str) -> None:
-    heads = [(item.head, item.manifest) for item in world.call(world.library.heads("run"))]
-    facts = world.call(world.library.facts("run"))
-    outcome = reproduce(RecordedRun("run", CONFIG, facts, heads, world.objects.get), silent)
-    assert outcome.clean, outcome
-    assert all(head.same for head in outcome.heads) and outcome.digest == digest
-
-
 def undisturbed(drive: Open) -> str:
     plain = drive(CONFIG, run_id="plain")
     plain.train(1, 2, 3, 4, 5, 6)
@@ -105,7 +96,7 @@ def test_second_crash_between_the_markers_quarantines_the_kernel(drive: Open, pl
     assert all(seed.state is SeedState.DORMANT for node in driver.session.describe().graph.nodes for seed in node.seeds)
     verdict = driver.session.judge("run/a1", silent)
     assert verdict.verdict is Verdict.VOID and "quarantine" in verdict.reason
-    assert_reproduced(driver.world, digest)
+    assert_reproduced(driver.world, CONFIG, digest)
     assert digest == undisturbed(drive)
 
 
@@ -116,7 +107,7 @@ def test_one_crash_between_the_markers_is_forgiven(drive: Open) -> None:
     driver = finish(drive)
     kinds = [kind for kind, _ in driver.world.facts()]
     assert kinds[0] == "graft" and "quarantine" not in kinds
-    assert_reproduced(driver.world, driver.digest())
+    assert_reproduced(driver.world, CONFIG, driver.digest())
 
 
 @pytest.mark.fault("A6")
@@ -141,7 +132,7 @@ def test_kernel_that_a_head_has_already_is_quarantined_too(drive: Open) -> None:
         driver = finish(drive)
     assert driver.world.facts() == [("graft", GRAFT), ("strike", GRAFT), ("quarantine", GRAFT + 1)]
     digest = driver.digest()
-    assert_reproduced(driver.world, digest)
+    assert_reproduced(driver.world, CONFIG, digest)
     assert digest == undisturbed(drive)
 
 
@@ -257,6 +248,6 @@ def test_kernel_that_kills_its_process_costs_two_of_them(tmp_path: Path, how: st
     assert [tuple(fact) for fact in told["facts"]] == [("graft", GRAFT), ("quarantine", GRAFT)]
     world = World(tmp_path)
     try:
-        assert_reproduced(world, told["digest"])
+        assert_reproduced(world, CONFIG, told["digest"])
     finally:
         world.close()

@@ -1,7 +1,6 @@
 """`workflow reset`: the run goes on from the head and its records, not from what the older history believed (C8)."""
 
 import asyncio
-import time
 from pathlib import Path
 from typing import Any
 
@@ -89,27 +88,6 @@ def test_a_reset_run_whose_trainer_is_gone_claims_a_new_lease(
 # --- on the real stack ----------------------------------------------------------------------------------------------
 
 
-def shown(stack: LocalStack, run_id: str) -> dict[str, Any]:
-    document: dict[str, Any] = stack.ok("show", run_id, "--json").document
-    return document
-
-
-def until_epochs(stack: LocalStack, run_id: str, epochs: int, seconds: float = 300) -> dict[str, Any]:
-    deadline = time.monotonic() + seconds
-    while (document := shown(stack, run_id))["epochs"] < epochs and document["outcome"] == "running":
-        assert time.monotonic() < deadline, stack.logs()
-        time.sleep(0.5)
-    return document
-
-
-def until_ended(stack: LocalStack, run_id: str, seconds: float = 400) -> dict[str, Any]:
-    deadline = time.monotonic() + seconds
-    while (document := shown(stack, run_id))["outcome"] in ("running", "paused"):
-        assert time.monotonic() < deadline, stack.logs()
-        time.sleep(0.5)
-    return document
-
-
 def reset_on(stack: LocalStack, run_id: str, epoch: int) -> Client:
     address = stack.stack()["temporal"]["address"]
 
@@ -129,9 +107,10 @@ def test_a_run_reset_to_before_its_graft_ends_in_the_same_bits(stack: LocalStack
     undisturbed = stack.ok("start-run", "--quick-start", "digits", "--run-id", "whole", "--json", timeout=600).document
     stack.ok("start-run", "--quick-start", "digits", "--run-id", "back", "--detach", timeout=300)
     grafted = max(adaptation["epoch"] for adaptation in undisturbed["adaptations"])
-    assert until_epochs(stack, "back", grafted + 12)["outcome"] == "running"
+    far = stack.until("back", lambda it: it["epochs"] >= grafted + 12 or it["outcome"] != "running", seconds=300)
+    assert far["outcome"] == "running"
     reset_on(stack, "back", 3)
-    document = until_ended(stack, "back")
+    document = stack.until("back", lambda it: it["outcome"] not in ("running", "paused"), seconds=400)
     assert document["outcome"] == "completed", document
     assert document["digest"] == undisturbed["digest"]
     assert document["divergences"] == 0, stack.ok("history", "back").out
@@ -149,5 +128,5 @@ def test_a_run_reset_to_before_its_graft_ends_in_the_same_bits(stack: LocalStack
         return str(failed.value.cause.details[0]["code"])
 
     assert asyncio.run(refused()) == "ESP-504"
-    after = shown(stack, "whole")
+    after = stack.shown("whole")
     assert (after["outcome"], after["digest"]) == ("completed", undisturbed["digest"])

@@ -17,7 +17,6 @@ from esper.contracts.enums import DecisionKind
 from esper.contracts.operational import AdaptationDecision
 from esper.errors import DivergenceError
 from esper.runtime.tolaria.checkpoint import restore
-from esper.runtime.tolaria.reproduction import RecordedRun
 from esper.runtime.tolaria.retraining import is_whole
 from esper.runtime.tolaria.retraining import train_to
 from esper.runtime.urza.collection import collect
@@ -107,17 +106,6 @@ def is_there(world: World, digest: str) -> bool:
     return (world.folder / "objects" / "sha256" / digest.removeprefix("sha256:")).is_file()
 
 
-def recorded(world: World, config: Any, run_id: str = "run") -> RecordedRun:
-    library = world.library
-    return RecordedRun(
-        run_id=run_id,
-        config=config,
-        facts=world.call(library.facts(run_id)),
-        heads=[(item.head, item.manifest) for item in world.call(library.heads(run_id))],
-        get=world.objects.get,
-    )
-
-
 def manifest_of(world: World, digest: str, run_id: str = "run") -> ArtifactRef:
     heads = world.call(world.library.heads(run_id))
     return next(item.manifest for item in heads if item.head.digest == digest)
@@ -159,14 +147,14 @@ def test_a_collected_checkpoint_is_trained_again_to_the_bit_and_put_back(
     third = reports[1]
     whole = world.objects.get(before[third.head.digest])
     assert collected(world) > 0 and not is_there(world, third.head.digest)
-    head, manifest = train_to(recorded(world, config), third, world.objects.put, silent)
+    head, manifest = train_to(world.recorded(config), third, world.objects.put, silent)
     assert head.digest == third.head.digest and world.objects.get(manifest) == whole
     assert is_whole(manifest, world.objects.get)
     restored = restore(manifest, world.objects.get)
     assert restored.manifest.state.held is not None
     # The next one begins from it, not from the start.
     began: list[int] = []
-    train_to(recorded(world, config), reports[2], world.objects.put, lambda progress: began.append(progress.step))
+    train_to(world.recorded(config), reports[2], world.objects.put, lambda progress: began.append(progress.step))
     assert min(began, default=22) >= 21
 
 
@@ -176,7 +164,7 @@ def test_an_epoch_without_a_head_is_trained_again_too(drive: Callable[..., Drive
     expected = dense.train(1, 2)[-1]
     driver = drive(config)
     reports = driver.train(1, 2, 3, 4, 5)
-    head, manifest = train_to(recorded(world, config), reports[1], world.objects.put, silent)
+    head, manifest = train_to(world.recorded(config), reports[1], world.objects.put, silent)
     dense = manifest_of(world, expected.head.digest, "dense")
     ours, theirs = (restore(each, world.objects.get) for each in (manifest, dense))
     assert (head.step, head.epoch) == (14, 2)
@@ -191,7 +179,7 @@ def test_a_checkpoint_that_does_not_become_what_it_was_is_not_put_back(
     wrong = reports[2].model_copy(update={"head": reports[2].head.model_copy(update={"digest": "sha256:" + "0" * 64})})
     objects = sorted((world.folder / "objects").rglob("*"))
     with pytest.raises(DivergenceError, match="epoch 3") as caught:
-        train_to(recorded(world, make_config()), wrong, world.objects.put, silent)
+        train_to(world.recorded(make_config()), wrong, world.objects.put, silent)
     assert (caught.value.code, caught.value.exit_code) == ("ESP-409", 4)
     assert sorted((world.folder / "objects").rglob("*")) == objects
 

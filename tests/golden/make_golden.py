@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "tolaria"), str(HERE.parent / "support")]
+sys.path.insert(0, str(HERE.parent / "support"))
 
 import torch  # noqa: E402
 from tolaria_tasks import Small  # noqa: E402

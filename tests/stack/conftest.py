@@ -2,13 +2,14 @@
 
 import os
 import sys
-import time
 from collections.abc import Callable
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import pytest
+from waiting import until
 
 from esper.runtime.home import make_home
 from esper.runtime.stack import down
@@ -19,7 +20,7 @@ from esper.runtime.temporal.server import find_server
 
 STUB = (sys.executable, str(Path(__file__).parent / "stub_worker.py"))
 
-WaitFor = Callable[[Callable[[], object], str], None]
+WaitFor = Callable[[Callable[[], object], str], object]
 
 
 class Start(Protocol):
@@ -61,10 +62,4 @@ def shared_home(tmp_path_factory: pytest.TempPathFactory, start: Start) -> Itera
 
 @pytest.fixture(scope="session")
 def wait_for() -> WaitFor:
-    def waiting(condition: Callable[[], object], what: str) -> None:
-        deadline = time.monotonic() + 60
-        while not condition():
-            assert time.monotonic() < deadline, f"{what} did not happen"
-            time.sleep(0.05)
-
-    return waiting
+    return partial(until, seconds=60, pause=0.05)

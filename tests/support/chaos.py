@@ -13,15 +13,16 @@ import tempfile
 import time
 from dataclasses import asdict
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from benchmarks.engine.report import Report
 from benchmarks.engine.report import options_of
+from benchmarks.engine.step_log import steps_by_process
 from chaos_faults import Chaos
 from chaos_faults import Injected
-from chaos_task import STEP
 from checked_runs import judge_all
 from local_stack import LocalStack
 
@@ -82,7 +83,7 @@ def soak(
     if chaos is not None:
         chaos.close()
     wait(lambda: ended(stack, run_id), "the end of the run")
-    return Soaked(read_steps(log), stack.ok("show", run_id, "--json").document), injected
+    return Soaked(tuple(sorted(chain(*steps_by_process(log)))), stack.ok("show", run_id, "--json").document), injected
 
 
 def ended(stack: LocalStack, run_id: str) -> bool:
@@ -97,14 +98,6 @@ def wait(true: Any, what: str) -> None:
         if time.monotonic() > deadline:
             raise RuntimeError(f"waited {PATIENCE_S:g} s for {what}")
         time.sleep(POLL_S)
-
-
-def read_steps(log: Path) -> tuple[tuple[float, int], ...]:
-    made: list[tuple[float, int]] = []
-    for path in log.iterdir():
-        data = path.read_bytes()
-        made += STEP.iter_unpack(data[: len(data) // STEP.size * STEP.size])
-    return tuple(sorted(made))
 
 
 def pace(stack: LocalStack) -> float:

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,24 @@ class LocalStack:
             stderr=subprocess.PIPE,
             text=True,
         )
+
+    def shown(self, run_id: str) -> dict[str, Any]:
+        """What `show` says of a run."""
+        document: dict[str, Any] = self.ok("show", run_id, "--json").document
+        return document
+
+    def until(
+        self, run_id: str, true: Callable[[dict[str, Any]], object], *, seconds: float = 240, pause: float = 0.2
+    ) -> dict[str, Any]:
+        """Wait until what `show` says of a run makes something true; gives what it says."""
+        deadline = time.monotonic() + seconds
+        while not true(document := self.shown(run_id)):
+            assert time.monotonic() < deadline, f"{document}\n{self.logs()}"
+            time.sleep(pause)
+        return document
+
+    def until_outcome(self, run_id: str, outcome: str, *, seconds: float = 240) -> dict[str, Any]:
+        return self.until(run_id, lambda shown: shown["outcome"] == outcome, seconds=seconds)
 
     def stack(self) -> dict[str, Any]:
         """`stack.json`."""

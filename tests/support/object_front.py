@@ -103,12 +103,12 @@ class _Door(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def client_of(endpoint: str, read_timeout_s: float = 0.8) -> Any:
+def client_of(endpoint: str, *, read_timeout_s: float = 0.8, connect_timeout_s: float = 2.0) -> Any:
     """As Esper's own client, but in a hurry: one try, and no time-out of many seconds."""
     config = Config(
         s3={"addressing_style": "path"},
         retries={"mode": "standard", "total_max_attempts": 1},
-        connect_timeout=2,
+        connect_timeout=connect_timeout_s,
         read_timeout=read_timeout_s,
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from memory_urza import Store
+from plain_report import plain_report
 
 from esper.contracts.assets import ArtifactRef
 from esper.contracts.assets import Seed
@@ -292,21 +293,12 @@ def close_epoch(trainer: Trainer) -> None:
     graph = graph_of(run)
 
     def report(head: HeadRef, samples: object) -> EpochReport:
-        return EpochReport(
-            run_id=run.run_id,
-            epoch=epoch,
-            step=head.step,
-            head=head,
+        return plain_report(
+            run.run_id,
+            head,
             metrics=Metrics(train_loss=0.5, val_loss=0.5),
-            learning_rate=0.1,
             samples=STEPS_PER_EPOCH,
-            parameters=1,
-            training_flops=0.0,
-            probe_flops=0.0,
-            busy_seconds=0.0,
-            stall_seconds=0.0,
             graph=graph,
-            health=(),
             held_adaptation=None if state.held is None else state.held.fact.adaptation_id,
             facts=state.executed[state.reported :],
         )

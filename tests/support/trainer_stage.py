@@ -13,18 +13,19 @@ from collections.abc import Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import activity_bench
+import pytest
 from temporalio.client import Client
 from temporalio.client import WorkflowHandle
 from temporalio.worker import Worker
-from tolaria_world import World
-from tolaria_world import silent
+from tolaria_world import undisturbed_digest
 from workflow_stage import WORKFLOWS
 
 from esper.activities.urza import UrzaActivities
 from esper.contracts.config import EsperConfig
 from esper.contracts.config import UrzaConfig
+from esper.contracts.enums import Outcome
 from esper.contracts.orders import CodeLocation
-from esper.contracts.orders import EpochRequest
 from esper.contracts.orders import RunRecord
 from esper.contracts.orders import TrainingRequest
 from esper.runtime import worker_files
@@ -36,18 +37,11 @@ from esper.runtime.urza.connections import Connections
 from esper.runtime.urza.library import Library
 from esper.workflows.training_run import TrainingRun
 
-TASK = """
+OBEDIENCE = """
 import ctypes
 import threading
 import time
 from pathlib import Path
-
-import torch
-from torch import nn
-from torch.nn import functional
-from torch.utils.data import TensorDataset
-
-from esper.runtime.tolaria.tasks import Task
 
 HERE = Path(__file__).parent
 
@@ -66,54 +60,44 @@ def obey():
         pass
     if kind == "deadlock":
         threading.Event().wait()
-
-
-def loss(model, batch):
-    if model.training:
-        obey()
-    x, y = batch
-    return functional.mse_loss(model(x), y)
-
-
-def tiny():
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(128, 4, generator=generator)
-    y = torch.relu(x @ torch.randn(4, 2, generator=generator))
-    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-    return Task(model, TensorDataset(x[:64], y[:64]), TensorDataset(x[64:], y[64:]), loss)
 """
 
+IN_LOSS = "    x, y = batch\n"
+TASK = OBEDIENCE + activity_bench.TASK.replace(IN_LOSS, "    if model.training:\n        obey()\n" + IN_LOSS)
+EPOCHS = 6
 STEPS_PER_EPOCH = 8
 
 
-def configuration(epochs: int) -> EsperConfig:
+def configuration(epochs: int, step_timeout_s: float = 10.0) -> EsperConfig:
     return EsperConfig.model_validate(
         {
             "run": {"name": "obedient", "seed": 5, "max_epochs": epochs, "threads": 1, "device": "cpu"},
             "task": {"target": "obedient_task:tiny"},
-            "training": {"batch_size": 8},
+            "training": {"batch_size": 8, "step_timeout_s": step_timeout_s},
             "tamiyo": {"policy": "none"},
         },
         strict=False,
     )
 
 
-def undisturbed_digest(folder: Path, epochs: int) -> str:
-    """The weights of the same run when nothing happens to it, trained in this process."""
+@pytest.fixture(scope="module")
+def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The weights of a run of `EPOCHS` epochs when nothing happens to it, trained in this process."""
+    folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "obedient_task.py").write_text(TASK)
-    sys.path.insert(0, str(folder))
-    world = World(folder)
     try:
-        session = world.open(configuration(epochs))
-        for epoch in range(1, epochs + 1):
-            session.train_epoch(EpochRequest(lease=world.store.lease, epoch=epoch), silent)
-        digest = session.finish().digest
-        assert digest is not None
-        return digest
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "path", [str(folder), *sys.path])
+            return undisturbed_digest(folder, configuration(EPOCHS), EPOCHS)
     finally:
-        world.close()
-        sys.path.remove(str(folder))
         sys.modules.pop("obedient_task", None)
+
+
+def assert_whole(record: RunRecord, digest: str) -> None:
+    """The run has ended with every step, in the bits of the undisturbed one."""
+    assert (record.outcome, record.divergences) == (Outcome.COMPLETED, 0)
+    assert record.steps == EPOCHS * STEPS_PER_EPOCH
+    assert record.finished is not None and record.finished.digest == digest
 
 
 class TrainerStage:
@@ -166,13 +150,15 @@ class TrainerStage:
         return found()[0]
 
     async def start(
-        self, epochs: int, *, pace: float = 0.0, run_id: str = ""
+        self, epochs: int, *, pace: float = 0.0, run_id: str = "", step_timeout_s: float = 10.0
     ) -> WorkflowHandle[TrainingRun, RunRecord]:
         """Begin a run whose every step takes `pace` seconds longer."""
         self.obey("pace", str(pace))
         run_id = run_id or f"run-{uuid.uuid4().hex[:8]}"
         request = TrainingRequest(
-            run_id=run_id, config=configuration(epochs), code=CodeLocation(directory=str(self.home))
+            run_id=run_id,
+            config=configuration(epochs, step_timeout_s),
+            code=CodeLocation(directory=str(self.home)),
         )
         return await self.client.start_workflow(TrainingRun.run, request, id=run_id, task_queue=queues.ORCHESTRATION)
 

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,31 @@ from typing import Any
 import pytest
 from local_stack import LocalStack
 from safetensors.torch import load_file
+from waiting import until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 
-FAST = ("--set", "run.max_epochs=6", "--set", "tamiyo.policy=none")
-
-
-def until(true: Callable[[], bool], seconds: float = 180) -> None:
-    """Wait until something is true."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+DIGITS = ("start-run", "--quick-start", "digits", "--json")
+SHORT = (
+    *(*DIGITS, "--set", "run.max_epochs=20"),
+    *("--set", "tamiyo.hold_epochs=1", "--set", "tamiyo.hold_steps=0", "--set", "tamiyo.max_adaptations=3"),
+)
 
 
 @pytest.fixture(scope="module")
 def grown(stack: LocalStack) -> dict[str, Any]:
     """One whole `digits` run, as a user starts it."""
-    ended = stack.ok("start-run", "--quick-start", "digits", "--run-id", "digits-1", "--json")
+    ended = stack.ok(*DIGITS, "--run-id", "digits-1")
     assert ended.out.count("\n{") == 0
     document: dict[str, Any] = ended.document
+    return document
+
+
+@pytest.fixture(scope="module")
+def short(stack: LocalStack) -> dict[str, Any]:
+    """A run that grows within fewer epochs: replaying all of a run at every task costs the square of its length."""
+    document: dict[str, Any] = stack.ok(*SHORT, "--run-id", "short-1").document
+    assert [a for a in document["adaptations"] if a["state"] == "fossilized"], document["adaptations"]
     return document
 
 
@@ -83,30 +87,30 @@ def test_the_history_tells_the_story_and_replays(grown: dict[str, Any], stack: L
     assert replayed.code == 0, replayed.err
 
 
-def test_two_runs_of_one_configuration_end_in_the_same_bits(grown: dict[str, Any], stack: LocalStack) -> None:
-    again = stack.ok("start-run", "--quick-start", "digits", "--run-id", "digits-2", "--json").document
-    assert again["digest"] == grown["digest"]
-    assert [a["kernel"] for a in again["adaptations"]] == [a["kernel"] for a in grown["adaptations"]]
+def test_two_runs_of_one_configuration_end_in_the_same_bits(short: dict[str, Any], stack: LocalStack) -> None:
+    again = stack.ok(*SHORT, "--run-id", "short-2").document
+    assert again["digest"] == short["digest"]
+    assert [a["kernel"] for a in again["adaptations"]] == [a["kernel"] for a in short["adaptations"]]
 
 
-def test_a_run_replayed_at_every_workflow_task_ends_in_the_same_bits(grown: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_replayed_at_every_workflow_task_ends_in_the_same_bits(short: dict[str, Any], tmp_path: Path) -> None:
     forgetful = LocalStack(tmp_path / "home", ESPER_MAX_CACHED_WORKFLOWS="0")
     try:
-        again = forgetful.ok("start-run", "--quick-start", "digits", "--run-id", "digits-1", "--json").document
+        again = forgetful.ok(*SHORT, "--run-id", "short-1").document
     finally:
         forgetful.ok("down")
-    assert again["digest"] == grown["digest"]
+    assert again["digest"] == short["digest"]
 
 
 @pytest.mark.fault("A1", "I11")
 def test_a_killed_trainer_costs_no_bit(grown: dict[str, Any], stack: LocalStack) -> None:
-    process = stack.start("start-run", "--quick-start", "digits", "--run-id", "digits-killed", "--json")
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        shown = stack.run("show", "digits-killed", "--json")
-        if shown.code == 0 and shown.document["epochs"] >= 20:
-            break
-        time.sleep(0.2)
+    process = stack.start(*DIGITS, "--run-id", "digits-killed")
+
+    def far_enough() -> bool:
+        found = stack.run("show", "digits-killed", "--json")
+        return found.code == 0 and found.document["epochs"] >= 20
+
+    until(far_enough, "epoch 20", seconds=120, pause=0.2)
     trainer = stack.claimed_trainer("digits-killed")
     assert trainer is not None
     os.kill(trainer, signal.SIGKILL)
@@ -123,7 +127,7 @@ def test_a_lost_temporal_database_costs_no_bit(grown: dict[str, Any], tmp_path: 
     lost = LocalStack(tmp_path / "home")
     try:
         lost.ok("start-run", "--quick-start", "digits", "--run-id", "digits-1", "--detach")
-        until(lambda: lost.run("show", "digits-1", "--json").document["epochs"] >= 20)
+        lost.until("digits-1", lambda shown: shown["epochs"] >= 20, seconds=180)
         assert lost.run("recover", "digits-1").code == 5
         state = lost.stack()
         for pid in (state["supervisor"]["pid"], state["temporal"]["pid"], *(w["pid"] for w in state["workers"])):
@@ -132,8 +136,7 @@ def test_a_lost_temporal_database_costs_no_bit(grown: dict[str, Any], tmp_path: 
             path.unlink()
         assert lost.run("show", "digits-1", "--json").document["outcome"] == "running"
         lost.ok("recover", "digits-1")
-        until(lambda: lost.run("show", "digits-1", "--json").document["outcome"] == "completed")
-        recovered = lost.ok("show", "digits-1", "--json").document
+        recovered = lost.until_outcome("digits-1", "completed", seconds=180)
     finally:
         lost.run("down")
     assert recovered["digest"] == grown["digest"]
@@ -202,26 +205,15 @@ def test_the_same_run_id_twice_is_a_conflict(grown: dict[str, Any], stack: Local
 
 def test_pause_resume_and_stop(stack: LocalStack) -> None:
     stack.ok("start-run", "--quick-start", "digits", "--run-id", "paused-1", "--detach", "--json")
-    assert stack.ok("show", "paused-1", "--json").document["outcome"] in {"running", "completed"}
+    assert stack.shown("paused-1")["outcome"] in {"running", "completed"}
     stack.ok("pause", "paused-1")
-    deadline = time.monotonic() + 60
-    while stack.ok("show", "paused-1", "--json").document["outcome"] != "paused":
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    stack.until_outcome("paused-1", "paused", seconds=60)
     stack.ok("resume", "paused-1")
     stack.ok("stop", "paused-1")
-    deadline = time.monotonic() + 60
-    while (document := stack.ok("show", "paused-1", "--json").document)["outcome"] != "stopped":
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    assert document["digest"] is not None
+    assert stack.until_outcome("paused-1", "stopped", seconds=60)["digest"] is not None
     resumed = stack.ok("resume", "paused-1")
     assert resumed.code == 0
-    deadline = time.monotonic() + 120
-    while (document := stack.ok("show", "paused-1", "--json").document)["outcome"] != "completed":
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
-    assert document["epochs"] == 60
+    assert stack.until_outcome("paused-1", "completed", seconds=120)["epochs"] == 60
 
 
 def test_runs_are_listed_and_logged(grown: dict[str, Any], stack: LocalStack) -> None:

@@ -11,7 +11,6 @@ from tolaria_world import silent
 
 from esper.errors import IntegrityError
 from esper.runtime.kasmina.cache import kernel_cache
-from esper.runtime.tolaria.reproduction import RecordedRun
 from esper.runtime.tolaria.reproduction import reproduce
 from esper.runtime.urza.collection import collect
 from esper.runtime.urza.objects import FolderStore
@@ -79,17 +78,7 @@ def test_collected_heads_are_said_to_be_gone_and_the_others_reproduce(world, dri
     digest = driver.digest()
     let_age(world)
     sweep(world)
-    library = world.library
-    outcome = reproduce(
-        RecordedRun(
-            run_id="run",
-            config=narrow,
-            facts=world.call(library.facts("run")),
-            heads=[(item.head, item.manifest) for item in world.call(library.heads("run"))],
-            get=world.objects.get,
-        ),
-        silent,
-    )
+    outcome = reproduce(world.recorded(narrow), silent)
     assert outcome.clean and outcome.digest == digest
     assert any(head.obstacle for head in outcome.heads) and outcome.heads[-1].same
 

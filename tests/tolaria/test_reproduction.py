@@ -1,5 +1,7 @@
 """A run trained again from its records alone ends in the same bits; records that are wrong are found."""
 
+from dataclasses import replace
+
 import pytest
 from tolaria_world import make_config
 from tolaria_world import ordered
@@ -9,22 +11,7 @@ from esper.contracts.enums import FactKind
 from esper.contracts.enums import Verdict
 from esper.errors import IntegrityError
 from esper.runtime.kasmina.cache import kernel_cache
-from esper.runtime.tolaria.reproduction import RecordedRun
 from esper.runtime.tolaria.reproduction import reproduce
-
-
-def recorded(world, config, **changes):
-    library = world.library
-    return RecordedRun(
-        **{
-            "run_id": "run",
-            "config": config,
-            "facts": world.call(library.facts("run")),
-            "heads": [(item.head, item.manifest) for item in world.call(library.heads("run"))],
-            "get": world.objects.get,
-        }
-        | changes
-    )
 
 
 def grown_run(driver, spe, *, blueprint="widen", site="layers.0", epochs=5):
@@ -44,7 +31,7 @@ def test_kept_graft_is_reproduced_to_the_bit(drive):
     spe = driver.session.describe().steps_per_epoch
     assert grown_run(driver, spe).verdict is Verdict.KEEP
     digest = driver.digest()
-    outcome = reproduce(recorded(driver.world, config), silent)
+    outcome = reproduce(driver.world.recorded(config), silent)
     assert outcome.clean, outcome
     assert outcome.digest == digest
     assert [head.same for head in outcome.heads] == [True] * len(outcome.heads)
@@ -56,7 +43,7 @@ def test_culled_graft_is_reproduced_to_the_bit(drive):
     driver = drive(config)
     assert grown_run(driver, 7, blueprint="lowrank", site="first").verdict is Verdict.CULL
     digest = driver.digest()
-    outcome = reproduce(recorded(driver.world, config), silent)
+    outcome = reproduce(driver.world.recorded(config), silent)
     assert outcome.clean, outcome
     assert outcome.digest == digest
 
@@ -79,7 +66,7 @@ def test_head_in_the_middle_of_an_epoch_is_compared_too(drive, monkeypatch):
         driver.train(2, beat=stop_at_ten)
     head = driver.session.checkpoint(hold=True)
     assert head.step % 7
-    outcome = reproduce(recorded(driver.world, config), silent)
+    outcome = reproduce(driver.world.recorded(config), silent)
     assert outcome.clean and all(each.same for each in outcome.heads), outcome
     assert outcome.heads[-1].step == head.step
 
@@ -94,7 +81,7 @@ def test_records_of_another_graft_step_do_not_reproduce(drive):
         fact.model_copy(update={"apply_step": fact.apply_step + 1}) if fact.kind is FactKind.GRAFT else fact
         for fact in facts
     ]
-    outcome = reproduce(recorded(driver.world, config, facts=moved), silent)
+    outcome = reproduce(replace(driver.world.recorded(config), facts=moved), silent)
     assert not outcome.clean
     assert not outcome.heads[-1].same
 
@@ -108,4 +95,4 @@ def test_kernel_that_is_gone_is_an_integrity_error(drive):
     driver.world.objects.delete(graft.delivery.manifest)
     kernel_cache().clear()
     with pytest.raises(IntegrityError):
-        reproduce(recorded(driver.world, config), silent)
+        reproduce(driver.world.recorded(config), silent)

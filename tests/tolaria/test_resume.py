@@ -5,9 +5,9 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+import tolaria_resume_child
 from tolaria_world import make_config
 from tolaria_world import ordered
 from tolaria_world import silent
@@ -72,7 +72,7 @@ def test_resume_in_the_middle_of_an_epoch_in_another_process_changes_no_bit(worl
     child = subprocess.run(
         [
             sys.executable,
-            str(Path(__file__).parent / "tolaria_resume_child.py"),
+            tolaria_resume_child.__file__,
             str(world.folder),
             json.dumps(configs),
         ],

@@ -12,6 +12,7 @@ from sqlalchemy import inspect
 from sqlalchemy import text
 
 import esper.runtime.urza
+from esper.contracts.enums import FactKind
 from esper.errors import DatabaseUnavailable
 from esper.runtime.urza import engine
 from esper.runtime.urza import migration
@@ -51,6 +52,69 @@ def test_upgrade_downgrade_upgrade(empty_url):
         assert await migration.check(empty_url) == up
 
     asyncio.run(main())
+
+
+async def shape(url: str) -> dict[str, list[str]]:
+    """What the database itself watches over, of each table that others refer to or that was changed since 0001."""
+    made = make_engine(parse_url(url, Path("unused")))
+
+    def read(sync) -> dict[str, list[str]]:
+        found = inspect(sync)
+        looks = found.get_check_constraints, found.get_foreign_keys, found.get_indexes, found.get_columns
+        return {
+            f"{table} {look.__name__}": sorted(str(item["name"]) for item in look(table))
+            for table in ("runs", "facts", "heads")
+            for look in looks
+        }
+
+    try:
+        async with reading(made) as connection:
+            return await connection.run_sync(read)
+    finally:
+        await made.dispose()
+
+
+@pytest.mark.fault("E6")
+@pytest.mark.parametrize("revision", ["0002", "0001"])
+def test_a_database_with_runs_goes_back_and_on_again_and_keeps_them(empty_url, make, revision):
+    async def main():
+        await migration.upgrade(empty_url)
+        before = await shape(empty_url)
+        async with await Library.open(empty_url, default_file=Path("unused")) as library:
+            await library.record_run(make.run(), NOW)
+            lease = await library.claim("r1", "queue")
+            head = make.head("one", step=10, epoch=1)
+            await library.commit_head(
+                lease, head=head, manifest=make.manifest("one"), parent=None, report=make.report(head)
+            )
+            graft = await library.insert_fact(lease, make.fact())
+            await library.insert_fact(lease, make.fact(kind=FactKind.STRIKE, step=101))
+            run = await library.run("r1")
+        assert (await migration.downgrade(empty_url, revision=revision)).current == revision
+        with pytest.raises(DatabaseUnavailable, match=f"at revision {revision}.*needs revision {migration.REVISION}"):
+            await Library.open(empty_url, default_file=Path("unused"))
+        assert (await migration.upgrade(empty_url)).state == "current"
+        assert await shape(empty_url) == before
+        async with await Library.open(empty_url, default_file=Path("unused")) as library:
+            assert await library.run("r1") == run
+            assert [item.head for item in await library.heads("r1")] == [head]
+            assert len(await library.reports("r1")) == 1
+            # What the older Esper could not have read is gone.
+            assert await library.facts("r1") == (graft,)
+
+    asyncio.run(main())
+
+
+@pytest.mark.fault("E6")
+def test_a_file_whose_rows_refer_to_nothing_is_not_migrated(sqlite_file):
+    with sqlite3.connect(sqlite_file) as connection:
+        connection.execute("PRAGMA foreign_keys = OFF")
+        connection.execute("INSERT INTO reports (run_id, epoch, step, report) VALUES ('nobody', 1, 1, '{}')")
+    connection.close()
+    with pytest.raises(DatabaseUnavailable, match="a row of reports refers to a row of runs") as refused:
+        asyncio.run(migration.downgrade("default", default_file=sqlite_file, revision="0001"))
+    assert refused.value.code == "ESP-333"
+    assert asyncio.run(migration.check("default", default_file=sqlite_file)).state == "current"
 
 
 def test_tables_and_migrations_agree(empty_url):

@@ -156,6 +156,14 @@ def test_a_missing_object_is_said_to_be_missing(place):
     assert refused.value.code == "ESP-401"
 
 
+def test_the_beginning_of_an_object_is_read_alone(place):
+    ref, empty = place.store.put(b"0123456789"), place.store.put(b"")
+    assert [place.store.peek(ref, count) for count in (0, 4, 10, 99)] == [b"", b"0123", b"0123456789", b"0123456789"]
+    assert place.store.peek(empty, 16) == b""
+    with pytest.raises(IntegrityError, match="missing"):
+        place.store.peek(reference(b"never put"), 4)
+
+
 def test_deleting_twice_is_deleting_once(place):
     ref = place.store.put(DATA)
     for _ in range(2):

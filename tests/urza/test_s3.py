@@ -8,7 +8,8 @@ from typing import Any
 
 import boto3
 import pytest
-from botocore.config import Config
+from object_front import SECRET
+from object_front import client_of
 
 from esper.errors import IntegrityError
 from esper.errors import ObjectsUnavailable
@@ -18,7 +19,7 @@ from esper.runtime.urza.objects import reference
 from esper.runtime.urza.s3 import S3Store
 
 DATA = b"weights " * 1000
-SECRET = "geheim"
+SOON = {"read_timeout_s": 0.3, "connect_timeout_s": 1.0}
 
 
 class HostileServer(http.server.ThreadingHTTPServer):
@@ -74,7 +75,7 @@ def hostile(**script: list[tuple[int, dict[str, str], bytes]]) -> Iterator[tuple
     server = HostileServer(script)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    client = client_of(server.endpoint)
+    client = client_of(server.endpoint, **SOON)
     try:
         yield server, S3Store(client, "bucket", "", endpoint=server.endpoint)
     finally:
@@ -82,25 +83,6 @@ def hostile(**script: list[tuple[int, dict[str, str], bytes]]) -> Iterator[tuple
         server.shutdown()
         thread.join()
         server.server_close()
-
-
-def client_of(endpoint: str) -> Any:
-    config = Config(
-        s3={"addressing_style": "path"},
-        retries={"mode": "standard", "total_max_attempts": 1},
-        connect_timeout=1,
-        read_timeout=0.3,
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-    )
-    return boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        region_name="us-east-1",
-        aws_access_key_id="visible",
-        aws_secret_access_key=SECRET,
-        config=config,
-    )
 
 
 @pytest.mark.fault("D1", "D7")
@@ -141,7 +123,7 @@ def test_a_look_that_is_refused_is_not_an_absence():
 def test_a_server_that_is_not_there_is_named():
     with hostile() as (server, _):
         endpoint = server.endpoint
-    store = S3Store(client_of(endpoint), "bucket", "", endpoint=endpoint)
+    store = S3Store(client_of(endpoint, **SOON), "bucket", "", endpoint=endpoint)
     with pytest.raises(ObjectsUnavailable, match="no answer") as refused:
         store.put(DATA)
     assert refused.value.code == "ESP-321"

@@ -4,71 +4,37 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
-from fake_activities import REF
-from fake_activities import SITE
-from fake_activities import FakeWorld
+from book_entries import growth
+from book_entries import kernel_for
+from book_entries import report
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 
 from esper.contracts.enums import AdaptationState
-from esper.contracts.enums import DecisionKind
 from esper.contracts.enums import DeliveryMode
 from esper.contracts.enums import FactKind
 from esper.contracts.enums import Verdict
-from esper.contracts.operational import AdaptationDecision
-from esper.contracts.operational import EpochReport
 from esper.contracts.operational import Fact
 from esper.contracts.operational import JudgeReport
 from esper.contracts.operational import KernelDelivery
-from esper.contracts.orders import EpochRequest
-from esper.contracts.orders import Lease
 from esper.workflows.adaptation_book import LIVE
 from esper.workflows.adaptation_book import PENDING
 from esper.workflows.adaptation_book import AdaptationBook
-from esper.workflows.adaptation_book import scheduled
 
-LEASE = Lease(run_id="r", task_queue="q", lease_gen=1)
 APPLY, JUDGE = 30, 50
-
-
-def report(epoch: int) -> EpochReport:
-    return FakeWorld()._report(EpochRequest(lease=LEASE, epoch=epoch), ())
-
-
-def decision(epoch: int = 1, **changes: object) -> AdaptationDecision:
-    growth = AdaptationDecision(
-        run_id="r",
-        epoch=epoch,
-        policy="fake",
-        kind=DecisionKind.GERMINATE,
-        code="grow",
-        reason="because",
-        site="layers.0",
-        seed=0,
-        blueprint="bottleneck",
-        contract=SITE,
-    )
-    return growth.model_copy(update=changes)
 
 
 def ordered(apply_step: int | None = APPLY) -> AdaptationBook:
     book = AdaptationBook()
-    assert book.order("r", decision(), report(1), apply_step) is not None
+    assert book.order("r", growth(), report(1), apply_step) is not None
     return book
 
 
 def delivery(book: AdaptationBook, number: int = 1) -> KernelDelivery:
     adaptation = book.get(f"r/a{number}")
     assert adaptation is not None
-    return KernelDelivery(
-        delivery_id=REF.digest,
-        adaptation=scheduled(adaptation),
-        kernel=REF.digest,
-        manifest=REF,
-        weights=REF,
-        certificate=REF,
-    )
+    return kernel_for(adaptation)
 
 
 def fact(kind: FactKind, step: int = APPLY, number: int = 1) -> Fact:
@@ -96,14 +62,14 @@ def state(book: AdaptationBook) -> AdaptationState:
 @pytest.mark.parametrize("missing", [{"site": None}, {"seed": None}, {"blueprint": None}])
 def test_a_decision_that_names_no_growth_orders_none(missing: dict[str, object]) -> None:
     book = AdaptationBook()
-    assert book.order("r", decision(**missing), report(1), APPLY) is None
+    assert book.order("r", growth(**missing), report(1), APPLY) is None
     assert book.all() == ()
 
 
 def test_one_decision_orders_once() -> None:
     book = ordered()
-    assert book.order("r", decision(), report(1), APPLY) is None
-    second = book.order("r", decision(2), report(2), 60)
+    assert book.order("r", growth(), report(1), APPLY) is None
+    second = book.order("r", growth(2), report(2), 60)
     assert second is not None
     assert second.number == 2
 
@@ -172,7 +138,7 @@ def test_a_graft_on_probation_is_culled_before_one_that_was_kept() -> None:
     book = ordered()
     book.apply(fact(FactKind.GRAFT))
     book.judge(verdict(Verdict.KEEP))
-    book.order("r", decision(5), report(5), 70)
+    book.order("r", growth(5), report(5), 70)
     book.apply(fact(FactKind.GRAFT, 70, number=2))
     found = book.live_at("layers.0")
     assert found is not None

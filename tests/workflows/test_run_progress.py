@@ -1,15 +1,16 @@
 """Where a run stands: epochs in any order, what may be ordered, and what travels over continue-as-new."""
 
 import pytest
-from fake_activities import GRAPH
+from book_entries import LEASE
+from book_entries import growth
+from book_entries import loaded
+from book_entries import progress
+from book_entries import report
 from fake_activities import SITE
 from fake_activities import STEPS_PER_EPOCH
-from fake_activities import FakeWorld
-from fake_activities import head
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
-from workflow_stage import configuration
 
 from esper.contracts.assets import SiteContract
 from esper.contracts.enums import AdaptationState
@@ -18,13 +19,8 @@ from esper.contracts.enums import FactKind
 from esper.contracts.enums import Outcome
 from esper.contracts.messages import RequestAdaptation
 from esper.contracts.operational import Adaptation
-from esper.contracts.operational import AdaptationDecision
-from esper.contracts.operational import EpochReport
 from esper.contracts.operational import Fact
-from esper.contracts.orders import EpochRequest
 from esper.contracts.orders import KnownRun
-from esper.contracts.orders import Lease
-from esper.contracts.orders import LoadedRun
 from esper.contracts.orders import RunRecord
 from esper.contracts.orders import ScoreRequest
 from esper.contracts.orders import TrainingRequest
@@ -34,36 +30,6 @@ from esper.workflows.presentation import clipped
 from esper.workflows.presentation import details
 from esper.workflows.run_progress import RunProgress
 from esper.workflows.tamiyo_decision import flaw_of
-
-LEASE = Lease(run_id="r", task_queue="q", lease_gen=1)
-
-
-def report(epoch: int, **changes: object) -> EpochReport:
-    return FakeWorld()._report(EpochRequest(lease=LEASE, epoch=epoch), ()).model_copy(update=changes)
-
-
-def loaded(epoch: int = 0, facts: tuple[Fact, ...] = ()) -> LoadedRun:
-    step = epoch * STEPS_PER_EPOCH
-    return LoadedRun(
-        step=step,
-        epoch=epoch,
-        steps_per_epoch=STEPS_PER_EPOCH,
-        head=head(step),
-        device="cpu",
-        threads=1,
-        parameters=100,
-        model_name="Fake",
-        graph=GRAPH,
-        facts=facts,
-    )
-
-
-def progress(epochs: int = 20, state: TrainingState | None = None, **sections: dict[str, object]) -> RunProgress:
-    request = TrainingRequest(run_id="r", config=configuration(epochs, **sections), state=state)
-    begun = RunProgress(request)
-    if state is None:
-        begun.take_lease(LEASE, loaded())
-    return begun
 
 
 def adaptation(state: AdaptationState) -> Adaptation:
@@ -219,18 +185,6 @@ def test_the_table_of_a_run_survives_any_text() -> None:
     assert len(text.splitlines()) == 2 + 10 + 4
 
 
-GROWTH = AdaptationDecision(
-    run_id="r",
-    epoch=1,
-    policy="fake",
-    kind=DecisionKind.GERMINATE,
-    code="grow",
-    reason="because",
-    site="layers.0",
-    seed=0,
-    blueprint="bottleneck",
-    contract=SITE,
-)
 ELSEWHERE: SiteContract = SITE.model_copy(update={"site": "layers.9"})
 
 
@@ -260,4 +214,4 @@ def test_a_decision_is_sound_or_says_what_is_wrong(change: dict[str, object], so
         hold_window_steps=20,
         report=report(1),
     )
-    assert (flaw_of(GROWTH.model_copy(update=change), request) is None) is sound
+    assert (flaw_of(growth().model_copy(update=change), request) is None) is sound

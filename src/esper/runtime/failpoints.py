@@ -92,6 +92,8 @@ FAILPOINTS: Mapping[str, str] = MappingProxyType(
         "remove.before_excision": "the block has faded to nothing and is still there",
         "remove.after_excision": "the block is gone",
         "remove.before_answer": "a person's cull is recorded, whoever asked does not know yet",
+        "collect.before_delete": "a collection is about to remove an object, and has removed those before it",
+        "collect.set_aside": "a collection has laid an object aside that it may have to put back",
         "finish.before_files": "the final head stands, the final model was not measured",
         "finish.before_answer": "the final model's files are stored, whoever asked does not know yet",
     }

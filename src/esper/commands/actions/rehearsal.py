@@ -14,7 +14,9 @@ from esper.runtime.tezzeret.blueprints.registry import cost
 from esper.runtime.tezzeret.blueprints.registry import resolve_hyperparameters
 from esper.runtime.tezzeret.blueprints.registry import site_contract_for
 from esper.runtime.tolaria.data.data_checks import check_task
+from esper.runtime.tolaria.data.identity import identity
 from esper.runtime.tolaria.device import choose_device
+from esper.runtime.tolaria.plan import require_repeatable
 from esper.runtime.tolaria.plan import wrapped
 from esper.runtime.tolaria.sampler import Batches
 from esper.runtime.tolaria.sampler import steps_per_epoch
@@ -49,11 +51,12 @@ def rehearse(prepared: Prepared, *, as_json: bool) -> int:
 
 
 def rehearsal(prepared: Prepared) -> dict[str, Any]:
-    """The dry run as a document. Raises what the worker would: ESP-310..315, 340..345, 207."""
+    """The dry run as a document. Raises what the worker would: ESP-310..315, 340..346, 207."""
     config = prepared.config
     device = choose_device(config.run.device)
     task = load_task(config.task, config.run.seed)
     check_task(task, config.training.batch_size)
+    require_repeatable(config, identity(task), task.data_digest)
     rows = len(task.train)  # type: ignore[arg-type]
     batch = Batches(task.train, task.collate, device).rows(torch.arange(min(config.training.batch_size, rows)))
     model = wrapped(task.model.to(device), config.kasmina, batch, task.loss)

@@ -145,8 +145,12 @@ class ForkServer:
         if self._control is not None and self._process is not None and self._process.poll() is None:
             return self._control
         self._close()
+        try:
+            self._folder = folder = tempfile.mkdtemp(prefix="esper-forkserver-")
+        except OSError as error:
+            reason = error.strerror or str(error)
+            _refuse("ESP-426", f"no temporary folder can be made: {reason}", "set TMPDIR to a folder with room")
         control, theirs = socket.socketpair()
-        self._folder = folder = tempfile.mkdtemp(prefix="esper-forkserver-")
         environment = scrubbed_environment(os.environ) | {
             "PYTHONPATH": os.pathsep.join([*self._search_path, *(entry for entry in sys.path if entry)]),
             "OMP_NUM_THREADS": "1",

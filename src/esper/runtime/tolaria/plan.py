@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from esper.contracts.config import EsperConfig
 from esper.contracts.config import KasminaConfig
+from esper.errors import DatasetError
 from esper.runtime.kasmina.model import wrap
 from esper.runtime.kasmina.wrapping.targets import Target
 from esper.runtime.kasmina.wrapping.undisturbed import undisturbed
@@ -114,6 +115,25 @@ def prepare(config: EsperConfig) -> tuple[TrainingPlan, nn.Module]:
     model = task.model.to(device)
     plan = _plan(config, device, threads, task, known)
     return plan, wrapped(model, config.kasmina, plan.first_batch(), task.loss)
+
+
+def require_repeatable(config: EsperConfig, known: Mapping[str, JsonValue], data_digest: str | None) -> None:
+    """Load the task once more where its data are `known` by their bytes and not by the task's own `data_digest`, and
+    refuse those that are others every time: no process could go on with such a run.
+
+    The global generators are left as they were. Raises `DatasetError` (ESP-346).
+    """
+    if data_digest is not None or "data" not in known:
+        return
+    with preserved_random_state():
+        again = identity(load_task(config.task, config.run.seed))
+    if again.get("data") != known["data"]:
+        raise DatasetError(
+            "ESP-346",
+            "the task makes other data every time it is called: a run with them could not go on after a restart",
+            hint="Draw them with a fixed seed (numpy.random.default_rng(0); torch, random and numpy's own global "
+            "generators are seeded before the task is called), or say which data they are: esper.Task(data_digest=...)",
+        )
 
 
 def _plan(

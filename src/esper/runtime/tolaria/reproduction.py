@@ -5,14 +5,11 @@ stored ones, and the session is the one that trained the run. Nothing is written
 """
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from threading import Lock
 
 from pydantic import JsonValue
@@ -26,9 +23,9 @@ from esper.contracts.operational import Fact
 from esper.contracts.operational import HeadRef
 from esper.contracts.orders import EpochRequest
 from esper.contracts.orders import Lease
-from esper.errors import ConfigurationError
 from esper.errors import IntegrityError
 from esper.errors import NotFoundError
+from esper.runtime.scratch import scratch_folder
 from esper.runtime.tolaria.checkpoint import CheckpointManifest
 from esper.runtime.tolaria.checkpoint import Get
 from esper.runtime.tolaria.checkpoint import read_manifest
@@ -165,21 +162,6 @@ class Fresh:
         return max((fact.apply_step for fact in self.facts), default=0)
 
 
-@contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """A folder for checkpoints that nobody keeps. Raises `ConfigurationError` (ESP-208) where none can be made."""
-    try:
-        folder = TemporaryDirectory(prefix="esper-")
-    except OSError as error:
-        raise ConfigurationError(
-            "ESP-208",
-            f"no temporary folder can be made: {error.strerror or error}",
-            hint="Set TMPDIR to a folder with room for some checkpoints",
-        ) from error
-    with folder as name:
-        yield Path(name)
-
-
 def reproduce(recorded: RecordedRun, tick: Callable[[Progress], None]) -> Reproduction:
     """Train from the beginning to the last recorded head. `tick` is called with progress and may raise to give up.
 
@@ -189,7 +171,7 @@ def reproduce(recorded: RecordedRun, tick: Callable[[Progress], None]) -> Reprod
     steps = frozenset(head.step for head, _ in recorded.heads)
     ended = max(steps, default=0)
     facts = [fact for fact in recorded.facts if fact.apply_step <= ended]
-    with scratch_folder() as folder:
+    with scratch_folder("reproduce") as folder:
         shelf = Shelf(recorded, folder)
         head, manifest = recorded.start or (None, None)
         ledger = Fresh(facts, head, manifest)

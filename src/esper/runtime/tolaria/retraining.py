@@ -13,6 +13,7 @@ from esper.contracts.operational import EpochReport
 from esper.contracts.operational import HeadRef
 from esper.errors import DivergenceError
 from esper.errors import IntegrityError
+from esper.runtime.scratch import scratch_folder
 from esper.runtime.tolaria.checkpoint import Get
 from esper.runtime.tolaria.checkpoint import Put
 from esper.runtime.tolaria.checkpoint import read_manifest
@@ -20,7 +21,6 @@ from esper.runtime.tolaria.checkpoint import restore
 from esper.runtime.tolaria.reproduction import Fresh
 from esper.runtime.tolaria.reproduction import RecordedRun
 from esper.runtime.tolaria.reproduction import Shelf
-from esper.runtime.tolaria.reproduction import scratch_folder
 from esper.runtime.tolaria.reproduction import train_again
 from esper.runtime.tolaria.session import Session
 from esper.runtime.tolaria.store import Progress
@@ -47,7 +47,7 @@ def train_to(
     # What was executed at the end of the epoch, such as a breaker that its evaluation opened, is part of it.
     facts = [fact for fact in recorded.facts if fact.apply_step < report.step or fact in report.facts]
     start = _start(recorded, report.step)
-    with scratch_folder() as folder:
+    with scratch_folder("retrain") as folder:
         shelf = Shelf(replace(recorded, start=start), folder)
         head, manifest = start or (None, None)
         ledger = Fresh(facts, head, manifest)

@@ -40,6 +40,7 @@ from esper.runtime.tolaria.live.kernel_faults.guard import take_step
 from esper.runtime.tolaria.live.loading import Loaded
 from esper.runtime.tolaria.live.loading import load_run
 from esper.runtime.tolaria.live.surgery import all_seeds
+from esper.runtime.tolaria.live.task_failure import guarded
 from esper.runtime.tolaria.live.turns import Pulse
 from esper.runtime.tolaria.live.writer import Committed
 from esper.runtime.tolaria.store import Beat
@@ -141,7 +142,9 @@ class Session:
                 shared.turn.wait(pulse, "queued")
         if shared.run.trainee.completed < request.epoch:
             with shared.turn.taken():
-                if not self._train(request, pulse, holds):
+                with guarded(shared, pulse, lambda: f"step {shared.run.step}"):
+                    whole = self._train(request, pulse, holds)
+                if not whole:
                     return self._result(EpochStatus.PAUSED, request.epoch)
         report = self._report(request.epoch, pulse)
         hit("epoch.before_answer")
@@ -185,7 +188,8 @@ class Session:
                     break
                 shared.turn.wait(pulse, "queued")
         with shared.turn.taken():
-            report = take_verdict(shared, pulse)
+            with guarded(shared, pulse, lambda: f"the judgement of {adaptation_id}"):
+                report = take_verdict(shared, pulse)
             commit = shared.run.commit()
         shared.await_commit(commit, pulse)
         hit("judge.before_answer")
@@ -224,10 +228,12 @@ class Session:
         with shared.turn.taken():
             run = shared.run
             hit("finish.before_files")
+            with guarded(shared, None, lambda: "the evaluation of the final model"):
+                metrics = final_metrics(run)
             finished = FinishedRun(
                 head=head,
                 digest=weights_digest(run.trainee.model),
-                metrics=final_metrics(run),
+                metrics=metrics,
                 parameters=run.trainee.parameters,
                 files=export_files(run, shared.store),
                 data_digest=run.trainee.plan.data_digest,
@@ -270,14 +276,15 @@ class Session:
             shared.turn.moved()
             if run.step < end:
                 pulse("training")
-        commit = close_epoch(
-            shared,
-            pulse,
-            expects_decision=request.expects_decision,
-            began=began,
-            stall_seconds=stalled,
-            wants_head=end in self._commit_at,
-        )
+        with guarded(shared, pulse, lambda: f"the evaluation after epoch {request.epoch}"):
+            commit = close_epoch(
+                shared,
+                pulse,
+                expects_decision=request.expects_decision,
+                began=began,
+                stall_seconds=stalled,
+                wants_head=end in self._commit_at,
+            )
         self._commits = {request.epoch: commit} | {n: c for n, c in self._commits.items() if not c.done()}
         return True
 

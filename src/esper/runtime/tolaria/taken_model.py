@@ -1,9 +1,7 @@
 """The model of a run outside of its session: put together from what Urza holds, to be taken away."""
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from esper.runtime.kasmina.keeping.persistence import GROWTH_FILE
 from esper.runtime.kasmina.keeping.persistence import WEIGHTS_FILE
 from esper.runtime.kasmina.keeping.persistence import load
 from esper.runtime.kasmina.wrapping.undisturbed import undisturbed
+from esper.runtime.scratch import scratch_folder
 from esper.runtime.tolaria.checkpoint import Get
 from esper.runtime.tolaria.checkpoint import restore
 from esper.runtime.tolaria.checkpoint import restore_model
@@ -62,9 +61,9 @@ class TakenModel:
 def finished_model(config: EsperConfig, files: Mapping[str, bytes]) -> TakenModel:
     """The final model, from the files that the trainer stored. Raises the errors of `load_task` and `load`."""
     task = load_task(config.task, config.run.seed)
-    with tempfile.TemporaryDirectory(prefix="esper-taken-") as folder:
+    with scratch_folder("taken") as folder:
         for name in (GROWTH_FILE, WEIGHTS_FILE):
-            (Path(folder) / name).write_bytes(files[name])
+            (folder / name).write_bytes(files[name])
         return TakenModel(load(folder, task.model), task)
 
 

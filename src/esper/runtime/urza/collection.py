@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from esper.errors import IntegrityError
+from esper.runtime.failpoints import hit
 from esper.runtime.urza.library import Library
 from esper.runtime.urza.objects import ObjectStore
 from esper.runtime.urza.objects import StoredObject
@@ -47,8 +48,11 @@ async def collect(
 ) -> Swept:
     """Mark and sweep. Raises `ObjectsUnavailable`, `DatabaseUnavailable`.
 
-    With a manifest that cannot be read it is not known what must stay, so then nothing is removed.
+    With a manifest that cannot be read it is not known what must stay, so then nothing is removed. What an earlier
+    collection was killed over is first put back under its name.
     """
+    if not dry_run:
+        await asyncio.to_thread(store.put_back)
     listed = await asyncio.to_thread(lambda: list(store.objects()))
     marked_at = clock()
     needed = await library.needed()
@@ -61,6 +65,7 @@ async def collect(
 
         def is_removed(each: StoredObject) -> bool:
             # However long all this takes: what was put since then may be named by a record that was not read.
+            hit("collect.before_delete")
             return store.delete_older(each.ref, grace_s + max(0.0, clock() - marked_at))
 
         removed = await asyncio.to_thread(lambda: [each for each in old if is_removed(each)])

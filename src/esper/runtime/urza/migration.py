@@ -11,6 +11,7 @@ from typing import Any
 from typing import Literal
 
 from sqlalchemy import Connection
+from sqlalchemy import event
 from sqlalchemy import inspect
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -135,10 +136,14 @@ async def _migrate(url: str, default_file: Path, action: Callable[[Any, Any], No
         with explained(parsed):
             file.parent.mkdir(parents=True, exist_ok=True)
     engine = make_engine(parsed)
+    if file is not None:
+        event.listen(engine.sync_engine, "connect", _leave_references_alone)
     try:
         async with writing(engine) as connection:
             await _alone(connection)
             await connection.run_sync(_with_alembic(action))
+            if file is not None:
+                await _require_references(connection, describe(parsed))
         return await _status(engine)
     finally:
         await engine.dispose()
@@ -161,6 +166,21 @@ def _with_alembic(action: Callable[[Any, Any], None]) -> Callable[[Connection], 
 async def _alone(connection: AsyncConnection) -> None:
     if connection.dialect.name == "postgresql":
         await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+
+
+def _leave_references_alone(dbapi_connection: Any, _record: Any) -> None:
+    # SQLite changes a table by making another one in its place: what refers to it must not fall with the first.
+    dbapi_connection.execute("PRAGMA foreign_keys = OFF")
+
+
+async def _require_references(connection: AsyncConnection, database: str) -> None:
+    broken = (await connection.execute(text("PRAGMA foreign_key_check"))).first()
+    if broken is not None:
+        raise DatabaseUnavailable(
+            "ESP-333",
+            f"database {database}: a row of {broken[0]} refers to a row of {broken[2]} that is not there",
+            hint="Nothing was changed. Restore the database from a copy, then `esper-cli recover RUN`",
+        )
 
 
 async def _status(engine: AsyncEngine) -> RevisionStatus:

@@ -22,6 +22,7 @@ from esper.errors import IntegrityError
 from esper.errors import ObjectsUnavailable
 from esper.runtime.atomic_file import sync_folder
 from esper.runtime.atomic_file import write_atomically
+from esper.runtime.failpoints import hit
 
 ENDPOINT_VARIABLE = "ESPER_S3_ENDPOINT_URL"
 
@@ -48,6 +49,10 @@ class ObjectStore(Protocol):
         """The bytes of `ref`, size and digest checked; `IntegrityError` (ESP-401) if missing or other bytes."""
         ...
 
+    def peek(self, ref: ArtifactRef, count: int) -> bytes:
+        """The first `count` bytes of `ref` at most, which nobody has checked; `IntegrityError` (ESP-401) if missing."""
+        ...
+
     def exists(self, ref: ArtifactRef) -> bool:
         """True when an object lies under the digest. Says nothing of its bytes."""
         ...
@@ -67,6 +72,10 @@ class ObjectStore(Protocol):
 
     def delete_older(self, ref: ArtifactRef, age_s: float) -> bool:
         """Remove the object if it was not put in the last `age_s` seconds, and say whether it went."""
+        ...
+
+    def put_back(self) -> int:
+        """Give their names back to objects that a collection was killed over, and make them young; returns how many."""
         ...
 
     def delete_unfinished(self, age_s: float) -> int:
@@ -129,7 +138,10 @@ _MISSING_HINT = "Check that `urza.objects` names the store that the run wrote to
 
 
 ASIDE_S = 0.02
-"""Seconds after which a file that garbage collection only looked at is surely back."""
+"""Seconds after which a file that garbage collection only looked at is surely back, if the collection lives."""
+
+_COLLECTED = ".collected"
+_NAME = re.compile(r"[0-9a-f]{64}")
 
 
 class FolderStore:
@@ -155,27 +167,38 @@ class FolderStore:
 
     def get(self, ref: ArtifactRef) -> bytes:
         with self._explained("read", ref):
-            try:
-                data = self._read(ref)
-            except FileNotFoundError:
+            data = self._read(ref)
+            if data is None:
                 # `delete_older` may have laid it aside for a blink, to see whether somebody has put it again.
                 time.sleep(ASIDE_S)
-                try:
-                    data = self._read(ref)
-                except FileNotFoundError:
-                    raise missing(ref, self.describe()) from None
+                data = self._read(ref)
+            if data is None and self._put_back_one(ref):
+                data = self._read(ref)
+            if data is None:
+                raise missing(ref, self.describe())
         return verified(data, ref, self.describe())
 
-    def _read(self, ref: ArtifactRef) -> bytes:
-        with self._path(ref).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != ref.size_bytes:
-                raise wrong_size(ref, size, self.describe())
-            return file.read()
+    def _read(self, ref: ArtifactRef) -> bytes | None:
+        try:
+            with self._path(ref).open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != ref.size_bytes:
+                    raise wrong_size(ref, size, self.describe())
+                return file.read()
+        except FileNotFoundError:
+            return None
+
+    def peek(self, ref: ArtifactRef, count: int) -> bytes:
+        with self._explained("read", ref):
+            try:
+                with self._path(ref).open("rb") as file:
+                    return file.read(count)
+            except FileNotFoundError:
+                raise missing(ref, self.describe()) from None
 
     def exists(self, ref: ArtifactRef) -> bool:
         with self._explained("look up", ref):
-            return self._path(ref).is_file()
+            return self._path(ref).is_file() or self._put_back_one(ref)
 
     def delete(self, ref: ArtifactRef) -> None:
         with self._explained("delete", ref):
@@ -192,7 +215,7 @@ class FolderStore:
     def objects(self) -> Iterator[StoredObject]:
         now = time.time()
         for path in (self._folder / "sha256").glob("*"):
-            if re.fullmatch(r"[0-9a-f]{64}", path.name):
+            if _NAME.fullmatch(path.name):
                 with suppress(FileNotFoundError):
                     found = path.stat()
                     ref = ArtifactRef(digest=f"sha256:{path.name}", size_bytes=found.st_size)
@@ -200,24 +223,38 @@ class FolderStore:
 
     def delete_older(self, ref: ArtifactRef, age_s: float) -> bool:
         path = self._path(ref)
-        aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.collected")
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_COLLECTED}")
         with self._explained("delete", ref), suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime < age_s:
                 return False
             # Whoever puts it from here on finds no file and writes one; whoever did so just before made this one young.
             path.rename(aside)
+            hit("collect.set_aside")
             if time.time() - aside.stat().st_mtime < age_s:
-                aside.replace(path)
+                _give_back(aside, path)
                 return False
             aside.unlink()
             return True
         return False
 
+    def put_back(self) -> int:
+        back = 0
+        for aside in (self._folder / "sha256").glob(f".*{_COLLECTED}"):
+            name = aside.name[1:].partition(".")[0]
+            if _NAME.fullmatch(name):
+                back += self._put_back_one(ArtifactRef(digest=f"sha256:{name}", size_bytes=0))
+        return back
+
+    def _put_back_one(self, ref: ArtifactRef) -> bool:
+        path = self._path(ref)
+        with self._explained("put back", ref):
+            return any([_give_back(aside, path) for aside in path.parent.glob(f".{path.name}.*{_COLLECTED}")])
+
     def delete_unfinished(self, age_s: float) -> int:
         deleted = 0
-        for path in (self._folder / "sha256").glob(".*"):
+        for path in (self._folder / "sha256").glob(".*.partial"):
             with suppress(FileNotFoundError):
-                if path.suffix in (".partial", ".collected") and time.time() - path.stat().st_mtime >= age_s:
+                if time.time() - path.stat().st_mtime >= age_s:
                     path.unlink()
                     deleted += 1
         return deleted
@@ -244,6 +281,20 @@ def _folder_error(error: OSError, operation: str, ref: ArtifactRef, folder: Path
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ObjectsUnavailable("ESP-321", what, hint=f"Free at least {ref.size_bytes} bytes there")
     return ObjectsUnavailable("ESP-321", what, hint="Check the folder, or set `urza.objects` to another place")
+
+
+def _give_back(aside: Path, path: Path) -> bool:
+    """Whether the file that a collection laid aside has its name again, or another of its bytes has it."""
+    try:
+        # As if it were put again: whoever wants it may only be about to record that it does.
+        os.utime(aside)
+        if path.is_file():
+            aside.unlink()
+        else:
+            aside.replace(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _made_young(path: Path) -> bool:

@@ -116,6 +116,19 @@ class S3Store:
         with self._explained("GetObject"):
             return verified(self._read(ref), ref, self.describe())
 
+    def peek(self, ref: ArtifactRef, count: int) -> bytes:
+        if ref.size_bytes == 0 or count == 0:
+            return b""
+        with self._explained("GetObject"):
+            try:
+                asked = {"Bucket": self._bucket, "Key": self._key(ref), "Range": f"bytes=0-{count - 1}"}
+                with closing(self._client.get_object(**asked)["Body"]) as body:
+                    return bytes(body.read())
+            except ClientError as error:
+                if _code(error) in _NO_KEY:
+                    raise missing(ref, self.describe()) from None
+                raise
+
     def exists(self, ref: ArtifactRef) -> bool:
         with self._explained("HeadObject"):
             return self._stored_size(ref) is not None
@@ -151,6 +164,10 @@ class S3Store:
                 return False
         self.delete(ref)
         return True
+
+    def put_back(self) -> int:
+        # A collection deletes with one request and lays nothing aside.
+        return 0
 
     def delete_unfinished(self, age_s: float) -> int:
         # An upload that broke off is no object; what it sent is the bucket's to forget (a rule of its lifecycle).

@@ -27,6 +27,8 @@ LARGEST_LABEL_SET = 4096
 IGNORED_LABEL = -100
 """What `torch.nn.functional.cross_entropy` leaves out by default."""
 
+_YOUR_DATA = "It is the task's own data that raised; read it by itself"
+
 
 def check_task(task: Task, batch_size: int) -> None:
     """Look at the data, and run one batch forward and backward, on the CPU and before any side effect.
@@ -58,7 +60,10 @@ def check_task(task: Task, batch_size: int) -> None:
 
 
 def _check_size(name: str, dataset: Dataset[Any]) -> None:
-    rows = len(dataset)  # type: ignore[arg-type]
+    try:
+        rows = len(dataset)  # type: ignore[arg-type]
+    except (Exception, SystemExit) as error:
+        raise TargetError("ESP-313", f"the size of {name} raised {_last_line(error)}", hint=_YOUR_DATA) from error
     if rows == 0:
         raise DatasetError("ESP-340", f"{name} is empty", hint="Give a dataset with rows")
     if rows == 1 and name != "test":
@@ -147,10 +152,10 @@ def _try_labels(name: str, dataset: Dataset[Any], task: Task, labels: Tensor, pl
 
 
 def _check_loss(task: Task, batch_size: int) -> None:
-    batches = Batches(task.train, task.collate, torch.device("cpu"))
+    batch = _first_batch("train", task.train, task, batch_size)
     try:
-        loss = task.loss(task.model, batches.rows(range(batch_size)))
-    except Exception as error:
+        loss = task.loss(task.model, batch)
+    except (Exception, SystemExit) as error:
         raise TargetError(
             "ESP-313",
             f"task.loss raised on the first batch: {_last_line(error)}",
@@ -172,13 +177,12 @@ def _check_metrics(task: Task, batch_size: int) -> None:
     if task.metrics is None:
         return
     rows = min(batch_size, len(task.validation))  # type: ignore[arg-type]
+    batch = _first_batch("validation", task.validation, task, rows)
     task.model.eval()
     with torch.no_grad():
         try:
-            found = task.metrics(
-                task.model, Batches(task.validation, task.collate, torch.device("cpu")).rows(range(rows))
-            )
-        except Exception as error:
+            found = task.metrics(task.model, batch)
+        except (Exception, SystemExit) as error:
             raise TargetError(
                 "ESP-313",
                 f"task.metrics raised on the first batch of validation: {_last_line(error)}",
@@ -197,7 +201,7 @@ def _check_optimizer(task: Task) -> None:
         return
     try:
         found = task.optimizer(task.model.parameters())
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TargetError(
             "ESP-313",
             f"task.optimizer raised: {_last_line(error)}",
@@ -226,8 +230,19 @@ def _spread(rows: int) -> list[int]:
 def _row(name: str, dataset: Dataset[Any], index: int) -> Any:
     try:
         return dataset[index]
-    except Exception as error:
-        raise TargetError("ESP-313", f"{name}[{index}] raised {_last_line(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise TargetError("ESP-313", f"{name}[{index}] raised {_last_line(error)}", hint=_YOUR_DATA) from error
+
+
+def _first_batch(name: str, dataset: Dataset[Any], task: Task, rows: int) -> Any:
+    try:
+        return Batches(dataset, task.collate, torch.device("cpu")).rows(range(rows))
+    except (Exception, SystemExit) as error:
+        raise TargetError(
+            "ESP-313",
+            f"making the first batch of {name} raised {_last_line(error)}",
+            hint=f"{_YOUR_DATA}; rows that differ need a collate function of the task",
+        ) from error
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

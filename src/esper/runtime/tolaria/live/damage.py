@@ -99,7 +99,7 @@ def read_start(graft: Fact, start: ArtifactRef, store: SessionStore) -> Restored
         raise IntegrityError(
             DAMAGED,
             f"the twin of {graft.adaptation_id} has nowhere to begin: {error.message}",
-            hint=f"`esper-cli resume {graft.run_id}` goes back to the newest checkpoint before it and trains from there",
+            hint=f"`esper-cli resume {graft.run_id}` goes on from the newest checkpoint before it",
             run_id=graft.run_id,
         ) from error
 

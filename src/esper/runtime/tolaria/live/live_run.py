@@ -16,13 +16,13 @@ from esper.runtime.kasmina.telemetry import Telemetry
 from esper.runtime.kasmina.wrapping.morphable import model_state
 from esper.runtime.tezzeret.build import KernelModule
 from esper.runtime.tolaria.checkpoint import Snapshot
-from esper.runtime.tolaria.checkpoint import restore
 from esper.runtime.tolaria.checkpoint import snapshot
 from esper.runtime.tolaria.evaluation import chunk_losses
 from esper.runtime.tolaria.evaluation import mean_look
 from esper.runtime.tolaria.judging import Judgement
 from esper.runtime.tolaria.judging import judge
 from esper.runtime.tolaria.live import surgery
+from esper.runtime.tolaria.live.damage import read_start
 from esper.runtime.tolaria.live.flops import FlopMeter
 from esper.runtime.tolaria.live.run_state import HeldGraft
 from esper.runtime.tolaria.live.run_state import RunState
@@ -222,7 +222,7 @@ class LiveRun:
             raise ValueError(f"the start of {held.fact.adaptation_id} is not known")
         plan = self.trainee.plan
         others = [fact for fact in self.state.executed if fact.adaptation_id != held.fact.adaptation_id]
-        twin = train_twin(plan, restore(start, self._store.get), others, self.step, tick)
+        twin = train_twin(plan, read_start(held.fact, start, self._store), others, self.step, tick)
         return twin, judge(mean_look(held.looks), mean_look(twin.looks), plan.config.tamiyo.keep_margin)
 
     def carry_out(self, fact: Fact, twin: Twin, judgement: Judgement) -> JudgeReport:

@@ -39,6 +39,7 @@ from esper.runtime.tolaria.live.writer import Committed
 from esper.runtime.tolaria.live.writer import HeadWriter
 from esper.runtime.tolaria.plan import TrainingPlan
 from esper.runtime.tolaria.plan import prepare
+from esper.runtime.tolaria.plan import require_repeatable
 from esper.runtime.tolaria.randomness import capture_random_state
 from esper.runtime.tolaria.store import Ledger
 from esper.runtime.tolaria.store import SessionStore
@@ -65,7 +66,7 @@ def load_run(
     Kernels of grafts that are recorded but not in the head are fetched at once: they must be made again, at exactly
     their steps. A damaged head is left for the one before it, on record. Another recipe, model or data set than the
     head's is refused, unless `accept_drift` says to go on, on record. Raises the errors of `prepare`, `newest_whole`,
-    `resume`, `require_same_recipe` and `check_ledger`; then nothing has been written.
+    `resume`, `require_same_recipe`, `require_repeatable` and `check_ledger`; then nothing has been written.
     """
     run_id = store.lease.run_id
     plan, model = prepare(config)
@@ -79,7 +80,9 @@ def load_run(
     drift = {} if found is None else recipe_drift(found.restored.manifest, config, plan.identity)
     if not accept_drift:
         require_same_recipe(drift, run_id)
-    if found is not None:
+    if found is None:
+        require_repeatable(config, plan.identity, plan.data_digest)
+    else:
         _require_same_epochs(ledger, plan, run_id)
         state, random = resume(trainee, found.restored), found.restored.random
         last = Committed(found.head, found.manifest)

@@ -27,11 +27,17 @@ class Pulse:
         self._beat = beat
         self._describe = describe
         self._next = time.monotonic()
+        self.raised: BaseException | None = None
+        """What the caller raised to cancel."""
 
     def __call__(self, phase: str) -> None:
         """Beat if it is time. Raises whatever the caller raises to cancel."""
         if time.monotonic() >= self._next:
-            self._beat(self._describe(phase))
+            try:
+                self._beat(self._describe(phase))
+            except BaseException as error:
+                self.raised = error
+                raise
             self._next = time.monotonic() + BEAT_SECONDS
 
 

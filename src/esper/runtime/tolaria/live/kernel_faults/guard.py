@@ -20,8 +20,6 @@ from torch import nn
 from esper.contracts.enums import FactKind
 from esper.contracts.operational import Fact
 from esper.contracts.operational import Metrics
-from esper.errors import EsperError
-from esper.errors import RunFailed
 from esper.runtime.failpoints import hit
 from esper.runtime.kasmina.layer import state_of
 from esper.runtime.kasmina.wrapping.morphable import sites_of
@@ -37,6 +35,8 @@ from esper.runtime.tolaria.live.live_run import LiveRun
 from esper.runtime.tolaria.live.run_state import HeldGraft
 from esper.runtime.tolaria.live.shared_run import Phase
 from esper.runtime.tolaria.live.shared_run import SharedRun
+from esper.runtime.tolaria.live.task_failure import failed
+from esper.runtime.tolaria.live.task_failure import last_line
 from esper.runtime.tolaria.trainee import NotFinite
 
 MOST_WORDS = 200
@@ -51,7 +51,7 @@ class _Fault:
 
     @property
     def words(self) -> str:
-        return _words(self.error)[:MOST_WORDS]
+        return last_line(self.error)[:MOST_WORDS]
 
     @property
     def out_of_memory(self) -> bool:
@@ -194,30 +194,14 @@ def _own_failure(shared: SharedRun, with_kernel: Exception, own: Exception) -> i
     """The task fails with and without the kernel: what happens is what would happen without a guard."""
     if isinstance(with_kernel, NotFinite):
         return _unguarded(shared)
-    raise _failed(shared, with_kernel if isinstance(own, NotFinite) else own)
+    raise failed(shared, f"step {shared.run.step}", with_kernel if isinstance(own, NotFinite) else own)
 
 
 def _unguarded(shared: SharedRun) -> int:
     try:
         return shared.run.take_step()
     except Exception as error:
-        raise _failed(shared, error) from error
-
-
-def _failed(shared: SharedRun, error: Exception) -> EsperError:
-    """The end of the session."""
-    run = shared.run
-    failed = error
-    if not isinstance(failed, EsperError):
-        failed = RunFailed("ESP-601", f"training raised at step {run.step}: {_words(error)}", run_id=run.run_id)
-        failed.__cause__ = error
-    shared.turn.fail(failed)
-    return failed
-
-
-def _words(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+        raise failed(shared, f"step {shared.run.step}", error) from error
 
 
 def _watch_pace(shared: SharedRun, graft: Fact, seconds: float) -> None:

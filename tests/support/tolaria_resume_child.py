@@ -28,4 +28,5 @@ def main() -> None:
     print(json.dumps(digests))
 
 
-main()
+if __name__ == "__main__":
+    main()

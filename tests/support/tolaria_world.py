@@ -21,6 +21,8 @@ from esper.runtime.tezzeret.build import build_kernel
 from esper.runtime.tezzeret.certify import certify
 from esper.runtime.tezzeret.samples import samples_for
 from esper.runtime.tezzeret.samples import unpack_samples
+from esper.runtime.tolaria.reproduction import RecordedRun
+from esper.runtime.tolaria.reproduction import reproduce
 from esper.runtime.tolaria.session import Session
 from esper.runtime.tolaria.store import Progress
 from esper.runtime.urza import migration
@@ -63,6 +65,16 @@ class World:
     def store_under(self, lease: Lease) -> UrzaStore:
         """What a trainer that holds `lease` reads and writes with."""
         return UrzaStore(self._loop, self.library, self.objects, lease)
+
+    def recorded(self, config: EsperConfig, run_id: str = "run") -> RecordedRun:
+        """All that a reproduction is given of a run."""
+        return RecordedRun(
+            run_id=run_id,
+            config=config,
+            facts=self.call(self.library.facts(run_id)),
+            heads=[(item.head, item.manifest) for item in self.call(self.library.heads(run_id))],
+            get=self.objects.get,
+        )
 
     def facts(self, run_id: str = "run") -> list[tuple[str, int]]:
         return [(fact.kind.value, fact.apply_step) for fact in self.call(self.library.facts(run_id))]
@@ -167,3 +179,22 @@ class Driver:
         finished = self.session.finish()
         assert finished.digest is not None
         return finished.digest
+
+
+def undisturbed_digest(folder: Path, config: EsperConfig, epochs: int) -> str:
+    """The weights after so many epochs in which nothing happens."""
+    world = World(folder)
+    try:
+        driver = Driver(world, world.open(config))
+        driver.train(*range(1, epochs + 1))
+        return driver.digest()
+    finally:
+        world.close()
+
+
+def assert_reproduced(world: World, config: EsperConfig, digest: str, run_id: str = "run") -> None:
+    """The records alone give every head, and the end, to the bit."""
+    outcome = reproduce(world.recorded(config, run_id), silent)
+    assert outcome.clean, outcome
+    assert all(head.same for head in outcome.heads)
+    assert outcome.digest == digest
