@@ -188,9 +188,9 @@ def notes(outcomes: Sequence[Outcome], compiling: bool) -> list[str]:
     optimizers = dict.fromkeys(one.case.optimizer.name for one in outcomes)
     return [
         f"{len(outcomes)} cases: initialisers {', '.join(initialisers)}; optimizers {', '.join(optimizers)}. Every "
-        f"optimizer with `{LIBRARY}`, every initialiser with {DEFAULT.name}, and of the rest of the product the `share` "
-        f"that the options say. `{LIBRARY}` is `esper.graft` as a user calls it; the others are built from the model's "
-        "own samples and weights, certified and grafted as stored kernels.",
+        f"optimizer with `{LIBRARY}`, every initialiser with {DEFAULT.name}, and the `share` that the options say of "
+        f"all the rest. `{LIBRARY}` is `esper.graft` as a user calls it; the others are built from the model's own "
+        "samples and weights, certified and grafted as stored kernels.",
         "`birth`: largest change of the output at the graft, in training and evaluation. `first-step drift`: root "
         f"mean square change of the output by the newborn's first step, relative, {DEFAULT.name}. `gradients`: "
         "tensors with a gradient within two steps. `carry`: largest difference of old parameters and of all that the "

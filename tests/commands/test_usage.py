@@ -24,7 +24,7 @@ GROUPS = {
     "kernels": ["list", "show", "verify"],
     "blueprints": ["list", "show"],
     "config": ["init", "show", "validate", "schema"],
-    "db": ["upgrade", "check"],
+    "db": ["upgrade", "check", "rebuild"],
 }
 Cli = Callable[..., Any]
 

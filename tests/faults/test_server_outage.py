@@ -1,6 +1,7 @@
 """The Temporal server, the orchestrator or the forge of a real stack is killed or away, alone or together with the
 trainer: rows A1, B1, B5 and C1, and double faults of J. Every run ends in the bits of the undisturbed one."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,7 +16,10 @@ from typing import Any
 
 import pytest
 from local_stack import LocalStack
+from temporalio.client import Client
 from waiting import until
+
+from esper.activities import names
 
 pytestmark = [pytest.mark.temporal, pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -126,6 +130,23 @@ def nobody_restarts(stack: LocalStack) -> Iterator[None]:
         os.kill(supervisor, signal.SIGCONT)
 
 
+def stopped_with_work(stack: LocalStack, run: Observed) -> int | None:
+    """The run's trainer, stopped at a moment when it was ordered more than the epoch whose end may be on its way."""
+
+    async def ordered() -> int:
+        client = await Client.connect(stack.stack()["temporal"]["address"])
+        described = await client.get_workflow_handle(run.run_id).describe()
+        pending = described.raw_description.pending_activities
+        return sum(activity.activity_type.name == names.TRAIN_EPOCH.name for activity in pending)
+
+    trainer = run.trainer()
+    os.kill(trainer, signal.SIGSTOP)
+    if asyncio.run(ordered()) >= 2:
+        return trainer
+    os.kill(trainer, signal.SIGCONT)
+    return None
+
+
 def assert_same(document: dict[str, Any], undisturbed: dict[str, Any]) -> None:
     assert document["outcome"] == "completed"
     assert document["digest"] == undisturbed["digest"]
@@ -164,8 +185,10 @@ def test_a_server_that_is_away_costs_no_bit_and_training_goes_on_meanwhile(
     run = observe(f"away-{away_s:.0f}")
     until(lambda: run.step() >= 5 * STEPS_PER_EPOCH, "epoch 5")
     with nobody_restarts(stack):
+        trainer = until(lambda: stopped_with_work(stack, run), "an epoch that is ordered and not trained")
         before = run.step()
         kill(pid_of(stack, "temporal"))
+        os.kill(trainer, signal.SIGCONT)
         time.sleep(away_s)
         meanwhile = run.step()
         assert stack.run("show", run.run_id, "--json").document["outcome"] == "running", "Urza knows it all the same"

@@ -18,10 +18,14 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
 
+from esper.errors import RunConflict
+from esper.errors import TemporalUnavailable
 from esper.errors import UnavailableError
 from esper.runtime.children import last_words
+from esper.runtime.children import start_child
 from esper.runtime.home import logs_folder
 from esper.runtime.home import stack_file
+from esper.runtime.home import temporal_database
 from esper.runtime.home import urza_database_url
 from esper.runtime.home import workers_folder
 from esper.runtime.processes import Identity
@@ -31,7 +35,15 @@ from esper.runtime.processes import stop
 from esper.runtime.processes import wait_gone
 from esper.runtime.stack_state import StackInfo
 from esper.runtime.stack_state import read_stack
+from esper.runtime.stack_state import write_stack
+from esper.runtime.temporal.client import DEFAULT_NAMESPACE
+from esper.runtime.temporal.client import ServerAddress
+from esper.runtime.temporal.client import connect_to
+from esper.runtime.temporal.server import USUAL_PORT
+from esper.runtime.temporal.server import USUAL_UI_PORT
+from esper.runtime.temporal.server import free_port
 from esper.runtime.temporal.server import obtain_server
+from esper.runtime.temporal.server import server_command
 from esper.runtime.urza.migration import upgrade
 
 START_SECONDS = 240.0
@@ -39,6 +51,9 @@ START_SECONDS = 240.0
 STOP_SECONDS = 45.0
 """For the supervisor to end its children in order: longer than their graces together."""
 KILL_GRACE_S = 5.0
+SERVER_SECONDS = 60.0
+"""For the Temporal server alone to answer."""
+SERVER_GRACE_S = 10.0
 _POLL_SECONDS = 0.1
 _SUPERVISOR = "esper.runtime.supervisor"
 _DETACH = "import os, sys; os.fork() or (os.setsid(), os.execv(sys.argv[1], sys.argv[1:]))"
@@ -97,6 +112,67 @@ def down(home: Path, progress: Progress = lambda line: None) -> tuple[str, ...]:
         return ()
     with _alone(home, progress):
         return _stop(home, progress)
+
+
+@contextlib.contextmanager
+def server_alone(
+    home: Path, progress: Progress, *, environment: Mapping[str, str] | None = None
+) -> Iterator[ServerAddress | None]:
+    """The Temporal server of this home without any worker, while the block lasts: for reading what it knows.
+
+    `None` where the home has no database of that server. Starting and stopping the stack wait meanwhile; a server that
+    a killed command left behind is ended by the next `up` or `down`. Not in an event loop.
+
+    Raises:
+        RunConflict: ESP-504 while the stack runs.
+        TemporalUnavailable: ESP-306 no server program, ESP-301 it does not answer.
+    """
+    environment = os.environ if environment is None else environment
+    with _alone(home, progress):
+        if _living_supervisor(home) is not None:
+            raise RunConflict(
+                "ESP-504",
+                f"the local stack in {home} is up, and its workers have the lost database open",
+                hint="`esper-cli down` ends it; then do this again",
+            )
+        _stop_leftovers(home)
+        program = obtain_server(environment, progress)
+        database = temporal_database(home, program.server_version)
+        if not database.exists():
+            yield None
+            return
+        progress("starting the Temporal server alone")
+        port = free_port(USUAL_PORT)
+        ui_port = free_port(USUAL_UI_PORT, frozenset({port}))
+        command = server_command(program.path, port=port, ui_port=ui_port, database=database)
+        plain = {name: value for name, value in environment.items() if not name.startswith("TEMPORAL_")}
+        output = logs_folder(home) / "temporal.out"
+        child = start_child(("temporal",), command, environment=plain, folder=home, output=output)
+        where = ServerAddress(f"127.0.0.1:{port}", DEFAULT_NAMESPACE, "the local stack", True, {})
+        try:
+            if child is not None:
+                ourselves = identify(os.getpid())
+                assert ourselves is not None
+                ui = f"http://127.0.0.1:{ui_port}"
+                write_stack(home, StackInfo(where.address, ui, program.server_version, child.identity, ourselves))
+            asyncio.run(_until_answering(where, time.monotonic() + SERVER_SECONDS))
+            yield where
+        finally:
+            if child is not None:
+                stop([child.identity], SERVER_GRACE_S)
+                child.process.wait()
+            stack_file(home).unlink(missing_ok=True)
+
+
+async def _until_answering(where: ServerAddress, deadline: float) -> None:
+    while True:
+        try:
+            await connect_to(where)
+            return
+        except TemporalUnavailable:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(_POLL_SECONDS)
 
 
 def running_stack(home: Path) -> StackInfo | None:

@@ -68,11 +68,16 @@ async def publish_kernel(connection: AsyncConnection, kernel: Kernel, adaptation
     earlier = (await connection.execute(of_adaptation)).first()
     if earlier is not None:
         return _kernel(earlier)
-    values = {"digest": kernel.digest, "blueprint": kernel.blueprint, "state": kernel.state, "kernel": kernel}
-    await insert_new(connection, kernel_table, values)
+    await insert_kernel(connection, kernel)
     build = {"adaptation_id": adaptation_id, "run_id": run_id, "kernel": kernel.digest}
     await insert_new(connection, build_table, build)
     return _kernel((await connection.execute(of_adaptation)).one())
+
+
+async def insert_kernel(connection: AsyncConnection, kernel: Kernel) -> None:
+    """Insert by digest, unless it is there."""
+    values = {"digest": kernel.digest, "blueprint": kernel.blueprint, "state": kernel.state, "kernel": kernel}
+    await insert_new(connection, kernel_table, values)
 
 
 async def kernel(connection: AsyncConnection, digest: str) -> Kernel:

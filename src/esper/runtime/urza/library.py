@@ -7,6 +7,7 @@ for an unknown run where they need one. Times are given by the caller and are in
 """
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -36,6 +37,7 @@ from esper.runtime.urza import kernels
 from esper.runtime.urza import ledger
 from esper.runtime.urza import markers
 from esper.runtime.urza import retention
+from esper.runtime.urza import retold
 from esper.runtime.urza import runs
 from esper.runtime.urza.branches import Branch
 from esper.runtime.urza.decisions import StoredHistory
@@ -50,6 +52,7 @@ from esper.runtime.urza.ledger import Rewind
 from esper.runtime.urza.ledger import RunLedger
 from esper.runtime.urza.migration import require_current
 from esper.runtime.urza.retention import Needed
+from esper.runtime.urza.retold import RetoldRun
 
 
 class Library:
@@ -101,6 +104,17 @@ class Library:
         """A run with the past of another; `RunConflict` (ESP-501) when its id is taken."""
         async with writing(self._engine) as connection:
             await branches.enter_branch(connection, branch, now)
+
+    async def require_empty(self) -> None:
+        """Raises `RunConflict` (ESP-504) when there is any run."""
+        async with reading(self._engine) as connection:
+            await retold.require_empty(connection, self.describe())
+
+    async def enter_retold(self, runs: Sequence[RetoldRun]) -> Mapping[str, str]:
+        """Runs that were told again after the database was lost, all in one transaction; those that the database
+        refuses by id, each with why. `RunConflict` (ESP-504) when it has any run."""
+        async with writing(self._engine) as connection:
+            return await retold.enter_retold(connection, runs, self.describe())
 
     async def run(self, run_id: str) -> RunRecord:
         """One run; `NotFoundError` (ESP-505) names near run ids."""

@@ -80,7 +80,7 @@ async def require_whole(url: str, *, default_file: Path = Path("urza.db")) -> No
         raise DatabaseUnavailable(
             "ESP-333",
             f"database {describe(parsed)} is damaged: {found[0].splitlines()[-1]}",
-            hint="Restore it from a copy, then `esper-cli recover RUN`",
+            hint="Restore it from a copy, then `esper-cli recover RUN`; without one, `esper-cli db rebuild`",
         )
 
 
