@@ -50,7 +50,7 @@ TABLES = {
 
 
 def rows(file: Path, table: str, run_id: str) -> list[tuple[Any, ...]]:
-    with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True, timeout=30)) as database:
+    with contextlib.closing(sqlite3.connect(f"file:{file}?mode=rw", uri=True, timeout=30)) as database:
         return sorted(database.execute(f"select {TABLES[table]} from {table} where run_id = ?", (run_id,)).fetchall())
 
 
@@ -85,7 +85,10 @@ def adaptation_states(home: Path, run_id: str) -> list[str]:
 
 
 def epochs(home: Path, run_id: str) -> int:
-    return len(rows(home / "urza.db", "reports", run_id)) if (home / "urza.db").exists() else 0
+    try:
+        return len(rows(home / "urza.db", "reports", run_id))
+    except sqlite3.OperationalError:  # not made yet, or not yet migrated
+        return 0
 
 
 def all_stored(home: Path, run_id: str) -> bool:
