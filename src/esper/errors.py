@@ -192,3 +192,9 @@ def by_code(code: str) -> type[EsperError]:
     digits = code.removeprefix("ESP-")
     number = int(digits) if digits.isdecimal() else 0
     return next((kind for low, high, kind in _BY_RANGE if low <= number <= high), RunFailed)
+
+
+def last_line(error: BaseException) -> str:
+    """The kind of an error that is not Esper's, and the last line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

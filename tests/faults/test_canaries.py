@@ -30,7 +30,7 @@ from esper.errors import EsperError
 from esper.runtime.configuration import load_config
 from esper.runtime.kasmina.cache import kernel_cache
 from esper.runtime.kasmina.exporting.probe import read_probe
-from esper.runtime.temporal.replay import parse_history
+from esper.runtime.temporal.history_document import parse_history
 from esper.runtime.tezzeret.frames import receive_message
 from esper.runtime.tezzeret.samples import unpack_samples
 from esper.runtime.tolaria.checkpoint import restore

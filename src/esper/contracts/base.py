@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import BaseModel
 from pydantic import ConfigDict
 from pydantic import StringConstraints
+from pydantic import ValidationError
 
 
 class Contract(BaseModel):
@@ -15,6 +16,13 @@ class Contract(BaseModel):
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """Where the first thing is that a document gets wrong (dotted; empty: the whole), and what. Its value is not told:
+    it may be a secret."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return ".".join(str(part) for part in first["loc"]), first["msg"]
 
 
 RUN_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"

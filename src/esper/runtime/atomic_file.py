@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, also when the power fails."""
 
+import errno
 import os
 import secrets
 from pathlib import Path
@@ -34,3 +35,8 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether it says that a disk, or a user's share of one, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,12 +1,12 @@
 """Folders for files that nobody keeps, and one clear line where there is no room for them."""
 
-import errno
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from esper.errors import ConfigurationError
+from esper.runtime.atomic_file import is_full
 
 
 @contextmanager
@@ -29,11 +29,6 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
             raise ConfigurationError(
                 "ESP-208", f"temporary folder '{place}': {error.strerror}", hint=f"Free some space there. {_HINT}"
             ) from error
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether it says that a disk, or a user's share of one, is full."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 _HINT = "Set TMPDIR to a folder with room for some checkpoints"

@@ -22,7 +22,6 @@ from esper.errors import RunConflict
 from esper.errors import TemporalUnavailable
 from esper.errors import UnavailableError
 from esper.runtime.children import last_words
-from esper.runtime.children import start_child
 from esper.runtime.home import logs_folder
 from esper.runtime.home import stack_file
 from esper.runtime.home import temporal_database
@@ -36,14 +35,15 @@ from esper.runtime.processes import wait_gone
 from esper.runtime.stack_state import StackInfo
 from esper.runtime.stack_state import read_stack
 from esper.runtime.stack_state import write_stack
-from esper.runtime.temporal.client import DEFAULT_NAMESPACE
 from esper.runtime.temporal.client import ServerAddress
 from esper.runtime.temporal.client import connect_to
 from esper.runtime.temporal.server import USUAL_PORT
 from esper.runtime.temporal.server import USUAL_UI_PORT
 from esper.runtime.temporal.server import free_port
 from esper.runtime.temporal.server import obtain_server
-from esper.runtime.temporal.server import server_command
+from esper.runtime.temporal.server_process import SERVER_GRACE_S
+from esper.runtime.temporal.server_process import local_address
+from esper.runtime.temporal.server_process import start_server
 from esper.runtime.urza.migration import upgrade
 
 START_SECONDS = 240.0
@@ -53,7 +53,6 @@ STOP_SECONDS = 45.0
 KILL_GRACE_S = 5.0
 SERVER_SECONDS = 60.0
 """For the Temporal server alone to answer."""
-SERVER_GRACE_S = 10.0
 _POLL_SECONDS = 0.1
 _SUPERVISOR = "esper.runtime.supervisor"
 _DETACH = "import os, sys; os.fork() or (os.setsid(), os.execv(sys.argv[1], sys.argv[1:]))"
@@ -137,18 +136,16 @@ def server_alone(
             )
         _stop_leftovers(home)
         program = obtain_server(environment, progress)
-        database = temporal_database(home, program.server_version)
-        if not database.exists():
+        if not temporal_database(home, program.server_version).exists():
             yield None
             return
         progress("starting the Temporal server alone")
         port = free_port(USUAL_PORT)
         ui_port = free_port(USUAL_UI_PORT, frozenset({port}))
-        command = server_command(program.path, port=port, ui_port=ui_port, database=database)
-        plain = {name: value for name, value in environment.items() if not name.startswith("TEMPORAL_")}
-        output = logs_folder(home) / "temporal.out"
-        child = start_child(("temporal",), command, environment=plain, folder=home, output=output)
-        where = ServerAddress(f"127.0.0.1:{port}", DEFAULT_NAMESPACE, "the local stack", True, {})
+        child = start_server(
+            program.path, program.server_version, home, port=port, ui_port=ui_port, environment=environment
+        )
+        where = local_address(port)
         try:
             if child is not None:
                 ourselves = identify(os.getpid())

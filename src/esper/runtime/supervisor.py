@@ -37,7 +37,6 @@ from esper.runtime.children import last_words
 from esper.runtime.children import start_child
 from esper.runtime.home import logs_folder
 from esper.runtime.home import stack_file
-from esper.runtime.home import temporal_database
 from esper.runtime.logs import configure_logging
 from esper.runtime.logs import log_path
 from esper.runtime.logs import run_context
@@ -47,13 +46,15 @@ from esper.runtime.stack_state import StackInfo
 from esper.runtime.stack_state import StackWorker
 from esper.runtime.stack_state import write_stack
 from esper.runtime.temporal.client import DEFAULT_NAMESPACE
-from esper.runtime.temporal.client import ServerAddress
 from esper.runtime.temporal.client import connect_to
 from esper.runtime.temporal.server import RETENTION_DAYS
 from esper.runtime.temporal.server import USUAL_PORT
 from esper.runtime.temporal.server import USUAL_UI_PORT
 from esper.runtime.temporal.server import free_port
-from esper.runtime.temporal.server import server_command
+from esper.runtime.temporal.server_process import SERVER_GRACE_S
+from esper.runtime.temporal.server_process import local_address
+from esper.runtime.temporal.server_process import start_server
+from esper.runtime.temporal.server_process import without_temporal
 from esper.runtime.worker_files import WorkerReport
 from esper.runtime.worker_files import forget
 from esper.runtime.worker_files import read_all
@@ -66,7 +67,6 @@ PERMANENT: tuple[Roles, ...] = (("orchestrator",), ("tamiyo", "forge"))
 
 WORKER_GRACE_S = 25.0
 """From SIGTERM to SIGKILL: longer than a worker's own graceful shutdown."""
-SERVER_GRACE_S = 10.0
 TOLD_FAILURES = 2
 """Ends in a row before a role is called failing in `stack.json`."""
 _TICK_S = 0.1
@@ -141,20 +141,13 @@ class Supervisor:
                 # Another process may have taken a port between looking and binding.
                 self._choose_ports()
         if self._server is None and self._server_back_off.due():
-            command = server_command(
+            self._server = start_server(
                 self._program,
+                self._server_version,
+                self._home,
                 port=self._port,
                 ui_port=self._ui_port,
-                database=temporal_database(self._home, self._server_version),
-            )
-            output = logs_folder(self._home) / "temporal.out"
-            # The server reads the same TEMPORAL_* and temporal.toml as a client would; none is meant for it.
-            self._server = start_child(
-                ("temporal",),
-                command,
-                environment=_without_temporal(self._environment),
-                folder=self._home,
-                output=output,
+                environment=self._environment,
             )
             if self._server is not None:
                 log.info("started the Temporal server, process %d, 127.0.0.1:%d", self._server.identity.pid, self._port)
@@ -162,7 +155,7 @@ class Supervisor:
 
     async def _prepare_server(self, server: Child) -> None:
         """Connect as soon as the server answers, and make it keep histories."""
-        where = ServerAddress(f"127.0.0.1:{self._port}", DEFAULT_NAMESPACE, "the local stack", True, {})
+        where = local_address(self._port)
         while self._server is server:
             try:
                 client = await connect_to(where)
@@ -249,7 +242,7 @@ class Supervisor:
                 self._start_worker(roles)
 
     def _start_worker(self, roles: Roles) -> None:
-        environment = _without_temporal(self._environment) | {
+        environment = without_temporal(self._environment) | {
             "ESPER_HOME": str(self._home),
             "TEMPORAL_ADDRESS": f"127.0.0.1:{self._port}",
             "TEMPORAL_NAMESPACE": DEFAULT_NAMESPACE,
@@ -326,12 +319,6 @@ def _ending(code: int) -> str:
         return signal.Signals(-code).name
     except ValueError:
         return f"signal {-code}"
-
-
-def _without_temporal(environment: Mapping[str, str]) -> dict[str, str]:
-    kept = {name: value for name, value in environment.items() if not name.startswith("TEMPORAL_")}
-    # A profile of the user's would bring the TLS and keys of another server.
-    return kept | {"TEMPORAL_CONFIG_FILE": os.devnull}
 
 
 async def supervise(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from esper.contracts.base import Contract
+from esper.contracts.base import first_problem
 
 MessageT = TypeVar("MessageT", bound=Contract)
 
@@ -20,6 +21,5 @@ def read(kind: type[MessageT], sent: Sequence[object]) -> MessageT | str:
     except (TypeError, ValueError, RecursionError) as error:
         if not isinstance(error, ValidationError):
             return "not JSON"
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "message"
-        return f"{place}: {first['msg']}"
+        place, problem = first_problem(error)
+        return f"{place or 'message'}: {problem}"

@@ -38,6 +38,8 @@ from esper.runtime.temporal.options import DECISION_ATTEMPTS
 from esper.runtime.temporal.options import DECISION_LIMIT
 from esper.runtime.temporal.options import INSTALL_ATTEMPTS
 from esper.runtime.temporal.options import longest_silence
+from esper.runtime.temporal.workflow_types import TAMIYO_DECISION
+from esper.runtime.temporal.workflow_types import TEZZERET_COMPILE
 from esper.workflows import presentation
 from esper.workflows.adaptation_book import scheduled
 from esper.workflows.ordering import order
@@ -284,7 +286,7 @@ class Dispatcher:
         for attempt in range(DECISION_ATTEMPTS):
             try:
                 decision: AdaptationDecision = await workflow.execute_child_workflow(
-                    "TamiyoDecision",
+                    TAMIYO_DECISION,
                     request,
                     id=f"{self._desk.progress.run_id}/tamiyo/{epoch}",
                     task_queue=queues.ORCHESTRATION,
@@ -358,7 +360,7 @@ class Dispatcher:
         )
         try:
             await workflow.start_child_workflow(
-                "TezzeretCompile",
+                TEZZERET_COMPILE,
                 request,
                 id=f"{progress.run_id}/tezzeret/{adaptation.adaptation_id.rsplit('/', 1)[1]}",
                 task_queue=queues.ORCHESTRATION,

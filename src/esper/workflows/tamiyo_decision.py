@@ -11,10 +11,11 @@ from esper.contracts.orders import DecisionRequest
 from esper.contracts.orders import RecordDecision
 from esper.contracts.orders import ScoreRequest
 from esper.runtime.temporal import queues
+from esper.runtime.temporal.workflow_types import TAMIYO_DECISION
 from esper.workflows.ordering import order
 
 
-@workflow.defn(name="TamiyoDecision")
+@workflow.defn(name=TAMIYO_DECISION)
 class TamiyoDecision:
     """Child of a `TrainingRun`, id `<run>/tamiyo/<epoch>`."""
 

@@ -18,12 +18,13 @@ from esper.contracts.orders import BuildRequest
 from esper.contracts.orders import CertifyRequest
 from esper.runtime.temporal import queues
 from esper.runtime.temporal.options import FORGE_MARGIN
+from esper.runtime.temporal.workflow_types import TEZZERET_COMPILE
 from esper.workflows.ordering import order
 
 _LONGEST_REASON = 1000
 
 
-@workflow.defn(name="TezzeretCompile")
+@workflow.defn(name=TEZZERET_COMPILE)
 class TezzeretCompile:
     """Child of a `TrainingRun`, id `<run>/tezzeret/<adaptation>`; outlives its parent's continue-as-new.
 

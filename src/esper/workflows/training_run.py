@@ -29,6 +29,7 @@ from esper.runtime.temporal.options import LOST_TRAINER_LIMIT
 from esper.runtime.temporal.options import STOP_PATIENCE
 from esper.runtime.temporal.options import STUCK
 from esper.runtime.temporal.options import longest_silence
+from esper.runtime.temporal.workflow_types import TRAINING_RUN
 from esper.workflows.ordering import order
 from esper.workflows.run_desk import RunDesk
 from esper.workflows.run_dispatch import Dispatcher
@@ -46,7 +47,7 @@ _CONTINUE = "continue"
 _LONGEST_WAIT_S = 30
 
 
-@workflow.defn(name="TrainingRun")
+@workflow.defn(name=TRAINING_RUN)
 class TrainingRun(RunDesk):
     """Workflow id = run id. Messages only write down what was asked; the one loop in `_drive` acts on it."""
 

@@ -19,7 +19,7 @@ from esper.errors import ConfigurationError
 from esper.errors import NotFoundError
 from esper.runtime.configuration import with_values
 from esper.runtime.run_document import RunView
-from esper.runtime.tamiyo.by_hand import wait_by_hand
+from esper.runtime.tamiyo.by_hand import wait_at_branch
 from esper.runtime.tolaria.branching import ParentRecords
 from esper.runtime.tolaria.branching import branch_off
 from esper.runtime.tolaria.retraining import files_of
@@ -56,7 +56,7 @@ def prepare(
         raise ConfigurationError(
             "ESP-209", f"--decision: there is no site {requested.site!r}", hint=f"Sites: {', '.join(sorted(sites))}"
         )
-    decision = wait_by_hand(parent, epoch, "forked", "a person branched off here with the decision to wait")
+    decision = wait_at_branch(parent, epoch)
     store = connections.store(prepared.config.urza)
     if known is not None and is_whole(known.manifest, store.get):
         head, manifest = known.head, known.manifest

@@ -20,12 +20,12 @@ from esper.errors import IntegrityError
 from esper.errors import TemporalUnavailable
 from esper.runtime.home import resolve_urza
 from esper.runtime.temporal.retelling import CHILDREN
-from esper.runtime.temporal.retelling import RUN
 from esper.runtime.temporal.retelling import Execution
 from esper.runtime.temporal.retelling import identify
 from esper.runtime.temporal.retelling import is_history
 from esper.runtime.temporal.retelling import parse_stored
 from esper.runtime.temporal.retelling import training_request
+from esper.runtime.temporal.workflow_types import TRAINING_RUN
 from esper.runtime.urza.decisions import StoredHistory
 
 Key = tuple[str, str]
@@ -34,7 +34,7 @@ Key = tuple[str, str]
 History = tuple[Execution, Mapping[str, Any]]
 
 _BEGINNING_BYTES = 16
-_ALL = " OR ".join(f"WorkflowType = '{name}'" for name in (RUN, *CHILDREN))
+_ALL = " OR ".join(f"WorkflowType = '{name}'" for name in (TRAINING_RUN, *CHILDREN))
 
 
 @dataclass
@@ -101,13 +101,13 @@ class HistorySources:
             history = await self._fetch(*key)
             if history is not None:
                 found[key] = identify(history), history
-                if found[key][0].workflow_type == RUN:
+                if found[key][0].workflow_type == TRAINING_RUN:
                     await self._store(training_request(history).config.urza)
         for store in self._stores.values():
             for key, (execution, ref) in store.histories.get(run_id, {}).items():
                 if key not in found:
                     found[key] = execution, json.loads(await asyncio.to_thread(store.remains.store.get, ref))
-        if not any(execution.workflow_type == RUN for execution, _ in found.values()):
+        if not any(execution.workflow_type == TRAINING_RUN for execution, _ in found.values()):
             raise IntegrityError("ESP-408", f"run {run_id}: there are histories of its children only")
         return list(found.values())
 

@@ -43,6 +43,7 @@ from esper.runtime.run_document import check_output_folder
 from esper.runtime.run_document import document_json
 from esper.runtime.run_document import write_output_folder
 from esper.runtime.temporal import queues
+from esper.runtime.temporal.workflow_types import TRAINING_RUN
 from esper.runtime.tolaria.data.installed import installed_tasks
 from esper.runtime.tolaria.data.installed import unknown_task
 from esper.runtime.tolaria.data.targets import no_such_module
@@ -51,7 +52,6 @@ from esper.runtime.urza.branches import Branch
 from esper.runtime.urza.library import Library
 from esper.workflows import presentation
 
-WORKFLOW = "TrainingRun"
 ROW_TIMEOUT = 30.0
 """Seconds in which a worker must have recorded a new run, or nobody polls the queue."""
 
@@ -264,7 +264,7 @@ async def start_workflow(
         output.say("warning: the namespace lacks Esper's search attributes; the run goes on without them")
     try:
         await client.start_workflow(
-            WORKFLOW,
+            TRAINING_RUN,
             request if known else request.model_copy(update={"search_attributes": False}),
             id=request.run_id,
             task_queue=queues.ORCHESTRATION,

@@ -15,6 +15,7 @@ from esper.commands.actions import connections
 from esper.commands.actions.history_sources import HistorySources
 from esper.commands.actions.retold_runs import Retelling
 from esper.commands.actions.retold_runs import put_together
+from esper.contracts.config import UrzaConfig
 from esper.errors import IntegrityError
 from esper.errors import NotFoundError
 from esper.errors import TemporalUnavailable
@@ -30,7 +31,6 @@ from esper.runtime.tezzeret.blueprints.registry import list_blueprints
 from esper.runtime.urza import migration
 from esper.runtime.urza.engine import describe
 from esper.runtime.urza.engine import parse_url
-from esper.runtime.urza.library import Library
 from esper.runtime.urza.retold import RetoldRun
 
 
@@ -115,7 +115,7 @@ async def _require_room(url: str) -> None:
     if status.state == "empty":
         return
     migration.require(status)
-    async with await Library.open(url, default_file=connections.home() / "urza.db") as library:
+    async with connections.opened_library(UrzaConfig(database=url)) as library:
         await library.require_empty()
 
 
@@ -162,8 +162,8 @@ async def _rebuild(url: str, where: ServerAddress | None, tell: connections.Prog
     retellings = await asyncio.to_thread(_put_together, told, sources)
     refused: Mapping[str, str] = {}
     if not dry_run:
-        await migration.upgrade(url, default_file=connections.home() / "urza.db")
-        async with await Library.open(url, default_file=connections.home() / "urza.db") as library:
+        await migration.upgrade(url)
+        async with connections.opened_library(UrzaConfig(database=url)) as library:
             refused = await library.enter_retold([retelling.run for retelling in retellings])
     reports = [_report(retelling, refused.get(retelling.run.record.run_id)) for retelling in retellings]
     return Rebuilt(
@@ -209,13 +209,13 @@ def _put_together(told: Mapping[str, ToldRun], sources: HistorySources) -> list[
 
 def _report(retelling: Retelling, refused: str | None) -> RunReport:
     run = retelling.run
-    present = next((item.head for item in run.heads if item.head.digest == run.head), None)
+    present = run.present
     return RunReport(
         run_id=run.record.run_id,
         restored=refused is None,
         outcome=run.record.outcome.value,
-        epochs=present.epoch if present is not None else 0,
-        steps=present.step if present is not None else 0,
+        epochs=present.head.epoch if present is not None else 0,
+        steps=present.head.step if present is not None else 0,
         heads=len(run.heads),
         reports=len(run.reports),
         decisions=len(run.decisions),

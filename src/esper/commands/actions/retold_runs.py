@@ -2,12 +2,9 @@
 
 from collections.abc import Iterable
 from collections.abc import Iterator
-from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace
-
-from pydantic import JsonValue
 
 from esper.contracts.assets import ArtifactRef
 from esper.contracts.assets import Kernel
@@ -17,7 +14,7 @@ from esper.contracts.operational import Fact
 from esper.contracts.operational import KernelDelivery
 from esper.contracts.orders import RunRecord
 from esper.errors import IntegrityError
-from esper.runtime.tamiyo.by_hand import wait_by_hand
+from esper.runtime.tamiyo.by_hand import wait_at_branch
 from esper.runtime.temporal.retelling import LEASE_MARGIN
 from esper.runtime.temporal.retelling import ToldRun
 from esper.runtime.temporal.retelling import facts_of
@@ -28,6 +25,7 @@ from esper.runtime.tezzeret.manifest import KernelManifest
 from esper.runtime.tolaria.branching import ParentRecords
 from esper.runtime.tolaria.branching import branch_off
 from esper.runtime.tolaria.checkpoint import CheckpointManifest
+from esper.runtime.tolaria.checkpoint import drift_between
 from esper.runtime.tolaria.checkpoint import read_manifest
 from esper.runtime.tolaria.retraining import is_whole
 from esper.runtime.urza.branches import Branch
@@ -123,10 +121,7 @@ def _past(record: RunRecord, remains: Remains, parent: RetoldRun | None) -> tupl
     head = None if parent is None else next((e for e in parent.heads if e.head.digest == lineage.head), None)
     if parent is None or head is None or remains.manifest(lineage.head) is None:
         return None, lost
-    by_hand = None
-    if lineage.decision is DecisionKind.WAIT:
-        words = "a person branched off here with the decision to wait"
-        by_hand = wait_by_hand(lineage.parent, lineage.epoch, "forked", words)
+    waits = lineage.decision is DecisionKind.WAIT
     adaptations = {adaptation.adaptation_id: adaptation for adaptation in parent.adaptations}
     records = ParentRecords(
         lineage.parent, head.head, head.manifest, parent.reports, parent.decisions, tuple(adaptations.values())
@@ -136,7 +131,7 @@ def _past(record: RunRecord, remains: Remains, parent: RetoldRun | None) -> tupl
         lineage.epoch,
         record.run_id,
         record.config,
-        decision=by_hand,
+        decision=wait_at_branch(lineage.parent, lineage.epoch) if waits else None,
         get=remains.store.get,
         # Its checkpoint was stored when the branch was made: nothing is written here.
         put=reference,
@@ -188,22 +183,8 @@ def _drifts(told: ToldRun, line: RetoldLine, remains: Remains) -> Iterator[Drift
         following = (item for item in line.heads if item.lease_gen >= load.lease_gen)
         after = next((item for item in following if item.head.parent == load.loaded.head.digest), None)
         found = None if after is None else remains.manifest(after.head.digest)
-        if before is not None and found is not None and (fields := _differing(before, found)):
+        if before is not None and found is not None and (fields := drift_between(before, found)):
             yield Drift(load.loaded.head.step, fields)
-
-
-def _differing(then: CheckpointManifest, now: CheckpointManifest) -> Mapping[str, tuple[JsonValue, JsonValue]]:
-    keys = then.fingerprint.keys() | now.fingerprint.keys()
-    if "model.structure" not in then.fingerprint:
-        # Made before Esper noted model and data: what it does not say cannot differ.
-        keys = set(then.fingerprint)
-    recipe = {key: (then.fingerprint.get(key), now.fingerprint.get(key)) for key in sorted(keys)}
-    machine: dict[str, tuple[JsonValue, JsonValue]] = {
-        "threads": (then.threads, now.threads),
-        "device": (then.device, now.device),
-        "torch": (then.torch_version, now.torch_version),
-    }
-    return {name: pair for name, pair in (recipe | machine).items() if pair[0] != pair[1]}
 
 
 def _untold(told: ToldRun, run: RetoldRun, line: RetoldLine, remains: Remains) -> Iterator[str]:
@@ -215,7 +196,7 @@ def _untold(told: ToldRun, run: RetoldRun, line: RetoldLine, remains: Remains) -
     gaps = sorted(set(range(1, max(epochs, default=0))) - set(epochs))
     if gaps:
         yield f"the reports of epochs {_ranges(gaps)}"
-    present = next((item for item in run.heads if item.head.digest == run.head), None)
+    present = run.present
     if present is not None and not is_whole(present.manifest, remains.store.get):
         yield f"the last checkpoint, at step {present.head.step}: its objects are gone or damaged"
     unknown = [digest for digest in line.untold if remains.manifest(digest) is None]

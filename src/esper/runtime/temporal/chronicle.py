@@ -4,7 +4,6 @@ A chronicle holds what people ask about afterwards. Epochs and decisions are lef
 numbers.
 """
 
-import base64
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -13,20 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from esper.contracts.enums import Topic
+from esper.runtime.temporal.history_document import ENDINGS
+from esper.runtime.temporal.history_document import first_payload
 
 Event = dict[str, Any]
 
 _SIGNALS = frozenset(topic.value.replace(".", "_") for topic in (Topic.KERNEL_READY, Topic.KERNEL_FAILED))
 _TRAINER_LOST = Topic.TRAINER_LOST.value.replace(".", "_")
 _CLAIM = "claim_trainer"
-_ENDINGS = {
-    "workflowExecutionCompletedEventAttributes": "completed",
-    "workflowExecutionFailedEventAttributes": "failed",
-    "workflowExecutionTimedOutEventAttributes": "timed out",
-    "workflowExecutionCanceledEventAttributes": "cancelled",
-    "workflowExecutionTerminatedEventAttributes": "terminated",
-    "workflowExecutionContinuedAsNewEventAttributes": "continued as new",
-}
 
 
 @dataclass(frozen=True)
@@ -59,9 +52,9 @@ def _told(events: Sequence[Event]) -> Iterator[tuple[Event, str, str]]:
             ordered[event["eventId"]] = content["activityType"]["name"]
         elif kind == "workflowExecutionStartedEventAttributes":
             yield event, "execution", "continues" if content.get("continuedExecutionRunId") else "begins"
-        elif kind in _ENDINGS:
+        elif kind in ENDINGS:
             reason = content.get("reason") or content.get("failure", {}).get("message") or ""
-            yield event, "execution", f"{_ENDINGS[kind]}{': ' if reason else ''}{reason}"
+            yield event, "execution", f"{ENDINGS[kind]}{': ' if reason else ''}{reason}"
         elif kind == "workflowTaskFailedEventAttributes" and content.get("baseRunId"):
             yield event, "execution", f"was reset to here from execution {content['baseRunId']}"
         elif kind == "workflowExecutionSignaledEventAttributes":
@@ -114,7 +107,7 @@ def _message(content: Event, key: str = "input") -> Event:
 
 def _decoded(payloads: Event) -> Event:
     try:
-        value = json.loads(base64.b64decode(payloads["payloads"][0]["data"]))
+        value = json.loads(first_payload(payloads))
     except (KeyError, IndexError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

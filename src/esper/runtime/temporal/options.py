@@ -57,12 +57,6 @@ FORGE_MARGIN = timedelta(seconds=30)
 DRAIN_LIMIT = GRACEFUL_SHUTDOWN + timedelta(seconds=5)
 """After so long a process that was told to end, and has not, ends at once."""
 
-
-def longest_silence(config: EsperConfig) -> timedelta:
-    """Of work that beats at step boundaries."""
-    return timedelta(seconds=config.training.step_timeout_s)
-
-
 TRAINER_SLOTS = 12
 """Activities beside each other in a trainer: two epochs, deliveries, a judge, a checkpoint, a claim."""
 
@@ -143,3 +137,8 @@ OPTIONS: dict[str, ActivityOptions] = {
     "record_adaptation": _RECORD,
     "record_outcome": _RECORD,
 }
+
+
+def longest_silence(config: EsperConfig) -> timedelta:
+    """Of work that beats at step boundaries."""
+    return timedelta(seconds=config.training.step_timeout_s)

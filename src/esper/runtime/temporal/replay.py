@@ -2,7 +2,6 @@
 
 import asyncio
 import functools
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from temporalio.workflow import NondeterminismError
 from esper.errors import IntegrityError
 from esper.runtime.temporal.commanded import Command
 from esper.runtime.temporal.commanded import Recording
+from esper.runtime.temporal.history_document import parse_history
 from esper.runtime.temporal.plugin import EsperPlugin
 
 _SHORTEST = 3
@@ -142,21 +142,6 @@ def _sentence(failure: Exception) -> str:
     text = " ".join(str(failure).split())
     found = re.search(r'message: "((?:[^"\\]|\\.)*)"', text)
     return found.group(1) if found else text
-
-
-def parse_history(history: str | dict[str, Any]) -> dict[str, Any]:
-    """The history as a mapping with its events. Raises `IntegrityError` (ESP-408) when it is not one."""
-    try:
-        document = json.loads(history) if isinstance(history, str) else history
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError("ESP-408", f"the history is not JSON: {error}") from error
-    if not isinstance(document, dict) or not isinstance(document.get("events"), list) or not document["events"]:
-        raise IntegrityError(
-            "ESP-408",
-            "the history holds no list of events",
-            hint="Give the JSON of `temporal workflow show --output json`, or a run id",
-        )
-    return document
 
 
 def _identity(document: dict[str, Any]) -> tuple[str, str]:

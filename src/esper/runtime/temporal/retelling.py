@@ -5,7 +5,6 @@ its workflow), those of its decisions and those of its forges. What a process wr
 none; that much is trained again.
 """
 
-import base64
 import json
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from pydantic import ValidationError
 
 from esper.contracts.assets import Kernel
 from esper.contracts.base import Contract
+from esper.contracts.base import first_problem
 from esper.contracts.enums import FactKind
 from esper.contracts.enums import Verdict
 from esper.contracts.operational import Adaptation
@@ -45,21 +45,22 @@ from esper.contracts.orders import ReleaseRequest
 from esper.contracts.orders import RunRecord
 from esper.contracts.orders import TrainingRequest
 from esper.errors import IntegrityError
-from esper.runtime.temporal.replay import parse_history
+from esper.runtime.temporal.history_document import ENDINGS
+from esper.runtime.temporal.history_document import first_payload
+from esper.runtime.temporal.history_document import parse_history
+from esper.runtime.temporal.workflow_types import TAMIYO_DECISION
+from esper.runtime.temporal.workflow_types import TEZZERET_COMPILE
+from esper.runtime.temporal.workflow_types import TRAINING_RUN
 
 ContractT = TypeVar("ContractT", bound=Contract)
 
-RUN = "TrainingRun"
-CHILDREN = ("TamiyoDecision", "TezzeretCompile")
+CHILDREN = (TAMIYO_DECISION, TEZZERET_COMPILE)
 
 LEASE_MARGIN = 1000
 """A claim whose answer never reached the workflow is in no history: more of those than anybody ever made."""
 
 _VERDICTS = {Verdict.KEEP: FactKind.FOSSILIZE, Verdict.CULL: FactKind.CULL}
 _ENDINGS_OF_A_HOLD = (FactKind.FOSSILIZE, FactKind.CULL, FactKind.REMOVE, FactKind.BREAKER, FactKind.QUARANTINE)
-
-_CLOSED = "workflowExecution"
-_ENDINGS = ("Completed", "Failed", "TimedOut", "Canceled", "Terminated", "ContinuedAsNew")
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def identify(history: Mapping[str, Any]) -> Execution:
             workflow_type=started["workflowType"]["name"],
             temporal_run_id=run_id,
             ended=events[-1]["eventTime"],
-            closed=any(f"{_CLOSED}{ending}EventAttributes" in events[-1] for ending in _ENDINGS),
+            closed=any(ending in events[-1] for ending in ENDINGS),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise IntegrityError("ESP-408", f"the history does not say which workflow it is of: {error!r}") from error
@@ -166,13 +167,13 @@ def retell(histories: Iterable[tuple[Execution, Mapping[str, Any]]]) -> ToldRun:
     Raises `IntegrityError` (ESP-408) at an event that this Esper cannot read.
     """
     ordered = sorted(histories, key=lambda each: each[0].order)
-    own = [(execution, history) for execution, history in ordered if execution.workflow_type == RUN]
+    own = [(execution, history) for execution, history in ordered if execution.workflow_type == TRAINING_RUN]
     first = own[0][1]["events"][0]["workflowExecutionStartedEventAttributes"]
     complete = not first.get("continuedExecutionRunId")
     told = ToldRun(own[0][0].run_id, training_request(own[0][1]), complete)
     # First the children, whose answers their run repeats: what stands is what was recorded first.
     for execution, history in ordered:
-        if execution.workflow_type != RUN:
+        if execution.workflow_type != TRAINING_RUN:
             _hear(told, history)
     for _, history in own:
         request = training_request(history)
@@ -220,7 +221,7 @@ def _hear(told: ToldRun, history: Mapping[str, Any]) -> None:
             _hear_record(told, _read(RunRecord, answer, event))
         elif name == "claim_trainer":
             told.lease_gen = max(told.lease_gen, _read(Lease, answer, event).lease_gen)
-        elif name in ("record_decision", "TamiyoDecision"):
+        elif name in ("record_decision", TAMIYO_DECISION):
             decision = _read(AdaptationDecision, answer, event)
             told.decisions.setdefault(decision.epoch, decision)
         elif name == "record_adaptation":
@@ -290,19 +291,14 @@ def _answers(events: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str,
 
 def _read(contract: type[ContractT], payloads: Any, event: Mapping[str, Any]) -> ContractT:
     try:
-        return contract.model_validate_json(base64.b64decode(payloads["payloads"][0]["data"]))
+        return contract.model_validate_json(first_payload(payloads))
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        why = str(error).splitlines()[0] if not isinstance(error, ValidationError) else _first(error)
+        why = ": ".join(first_problem(error)) if isinstance(error, ValidationError) else str(error).splitlines()[0]
         raise IntegrityError(
             "ESP-408",
             f"event {event.get('eventId')} holds no {contract.__name__} that this Esper can read: {why}",
             hint="Rebuild with the version of Esper that ran it",
         ) from error
-
-
-def _first(error: ValidationError) -> str:
-    found = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
 
 
 def is_history(beginning: bytes) -> bool:
@@ -320,4 +316,4 @@ def parse_stored(data: bytes) -> Mapping[str, Any] | None:
         execution = identify(document) if isinstance(document, dict) else None
     except IntegrityError:
         return None
-    return document if execution is not None and execution.workflow_type in (RUN, *CHILDREN) else None
+    return document if execution is not None and execution.workflow_type in (TRAINING_RUN, *CHILDREN) else None

@@ -20,8 +20,9 @@ from esper.contracts.orders import DecisionRequest
 from esper.errors import NotFoundError
 from esper.runtime.temporal.commanded import Command
 from esper.runtime.temporal.commanded import Recording
+from esper.runtime.temporal.history_document import first_payload
+from esper.runtime.temporal.history_document import parse_history
 from esper.runtime.temporal.plugin import EsperPlugin
-from esper.runtime.temporal.replay import parse_history
 from esper.runtime.temporal.replay import quiet_runtime
 
 
@@ -50,13 +51,13 @@ def recorded_decision(history: str | dict[str, Any], epoch: int) -> RecordedDeci
     for event in events:
         started = event.get("startChildWorkflowExecutionInitiatedEventAttributes", {})
         if (of := _epoch(started.get("workflowId", ""))) is not None:
-            asked[of] = _data(started["input"])
+            asked[of] = first_payload(started["input"])
         completed = event.get("childWorkflowExecutionCompletedEventAttributes", {})
         if (of := _decided_epoch(completed)) is None:
             continue
         if of == epoch and of in asked:
             request = DecisionRequest.model_validate_json(asked[of])
-            decision = AdaptationDecision.model_validate_json(_data(completed["result"]))
+            decision = AdaptationDecision.model_validate_json(first_payload(completed["result"]))
             return RecordedDecision(int(event["eventId"]), request, decision)
         decided.append(of)
     known = f"this history holds decisions on epochs {decided[0]} to {decided[-1]}" if decided else "it holds none"
@@ -101,7 +102,3 @@ def _decided_epoch(completed: dict[str, Any]) -> int | None:
 def _epoch(workflow_id: str) -> int | None:
     _, found, epoch = workflow_id.rpartition("/tamiyo/")
     return int(epoch) if found else None
-
-
-def _data(payloads: dict[str, Any]) -> bytes:
-    return base64.b64decode(payloads["payloads"][0]["data"])

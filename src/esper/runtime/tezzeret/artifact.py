@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from esper.contracts.base import Digest
+from esper.contracts.base import first_problem
 from esper.errors import BlueprintError
 from esper.errors import IntegrityError
 from esper.runtime.tezzeret.ir import canonical_json
@@ -109,9 +110,8 @@ def _read_manifest(data: bytes) -> KernelManifest:
     except BlueprintError as error:
         _refuse("ESP-403", f"manifest schema: {error.message}")
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        _refuse("ESP-403", f"manifest schema: {ascii(place)[1:-1]}: {first['msg']}")
+        place, problem = first_problem(error)
+        _refuse("ESP-403", f"manifest schema: {ascii(place)[1:-1]}: {problem}")
     if canonical_json(document) != data:
         _refuse("ESP-403", "manifest schema: not in canonical form")
     return manifest

@@ -23,6 +23,7 @@ from torch import nn
 
 from esper.contracts.assets import ArtifactRef
 from esper.contracts.base import Contract
+from esper.contracts.base import first_problem
 from esper.contracts.config import EsperConfig
 from esper.errors import IntegrityError
 from esper.errors import RunConflict
@@ -221,16 +222,40 @@ def recipe_drift(
     manifest: CheckpointManifest, config: EsperConfig, identity: Mapping[str, JsonValue]
 ) -> dict[str, tuple[JsonValue, JsonValue]]:
     """What decides over bits and is not as it was when the checkpoint was made: by name, what was and what is."""
-    then, now = manifest.fingerprint, fingerprint(config, identity)
-    if "model.structure" not in then:
-        # It was made before Esper noted model and data: what it does not say cannot differ.
-        now = {key: value for key, value in now.items() if key in then or key not in identity}
-    return _differing(then, now)
+    return _recipe_differing(manifest.fingerprint, fingerprint(config, identity), identity)
+
+
+def machine_drift(
+    manifest: CheckpointManifest, *, threads: int, device: str, torch_version: str
+) -> dict[str, tuple[JsonValue, JsonValue]]:
+    """What of the machine is not as it was when the checkpoint was made: the bits will be others too."""
+    pairs: dict[str, tuple[JsonValue, JsonValue]] = {
+        "threads": (manifest.threads, threads),
+        "device": (manifest.device, device),
+        "torch": (manifest.torch_version, torch_version),
+    }
+    return {name: (then, now) for name, (then, now) in pairs.items() if then != now}
+
+
+def drift_between(then: CheckpointManifest, now: CheckpointManifest) -> dict[str, tuple[JsonValue, JsonValue]]:
+    """What was drift, of recipe and machine, when the run of one checkpoint went on to the other."""
+    recipe = _recipe_differing(then.fingerprint, now.fingerprint, identity_of(now))
+    machine = machine_drift(then, threads=now.threads, device=now.device, torch_version=now.torch_version)
+    return recipe | machine
 
 
 def config_drift(then: EsperConfig, now: EsperConfig) -> dict[str, tuple[JsonValue, JsonValue]]:
     """As `recipe_drift`, between two configurations."""
     return _differing(fingerprint(then, {}), fingerprint(now, {}))
+
+
+def _recipe_differing(
+    then: Mapping[str, JsonValue], now: Mapping[str, JsonValue], identity: Mapping[str, JsonValue]
+) -> dict[str, tuple[JsonValue, JsonValue]]:
+    if "model.structure" not in then:
+        # It was made before Esper noted model and data: what it does not say cannot differ.
+        now = {key: value for key, value in now.items() if key in then or key not in identity}
+    return _differing(then, now)
 
 
 def _differing(then: Mapping[str, JsonValue], now: Mapping[str, JsonValue]) -> dict[str, tuple[JsonValue, JsonValue]]:
@@ -329,9 +354,8 @@ def _manifest(data: bytes) -> CheckpointManifest:
     try:
         return CheckpointManifest.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise _damaged(f"its manifest is wrong at {place}: {first['msg']}") from error
+        place, problem = first_problem(error)
+        raise _damaged(f"its manifest is wrong at {place}: {problem}") from error
 
 
 def _random(manifest: CheckpointManifest, tensors: dict[str, Tensor]) -> RandomState:

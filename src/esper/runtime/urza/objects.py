@@ -20,6 +20,7 @@ from typing import Protocol
 from esper.contracts.assets import ArtifactRef
 from esper.errors import IntegrityError
 from esper.errors import ObjectsUnavailable
+from esper.runtime.atomic_file import is_full
 from esper.runtime.atomic_file import sync_folder
 from esper.runtime.atomic_file import write_atomically
 from esper.runtime.failpoints import hit
@@ -278,7 +279,7 @@ def _folder_error(error: OSError, operation: str, ref: ArtifactRef, folder: Path
     what = f"cannot {operation} object {ref.digest} ({ref.size_bytes} bytes) in {folder}: {reason}"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return ObjectsUnavailable("ESP-323", what, hint="Give this user the right to read and write there")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full(error):
         return ObjectsUnavailable("ESP-321", what, hint=f"Free at least {ref.size_bytes} bytes there")
     return ObjectsUnavailable("ESP-321", what, hint="Check the folder, or set `urza.objects` to another place")
 

@@ -53,6 +53,11 @@ class RetoldRun:
     """Each with the adaptation that it was published for; `None`: one of another run."""
     histories: tuple[StoredHistory, ...]
 
+    @property
+    def present(self) -> CommittedHead | None:
+        """Where the run stands; `None` before its first head."""
+        return next((item for item in self.heads if item.head.digest == self.head), None)
+
 
 async def require_empty(connection: AsyncConnection, database: str) -> None:
     """Raises `RunConflict` (ESP-504) when there is any run: what a database has is never overwritten."""

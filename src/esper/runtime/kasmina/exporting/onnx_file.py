@@ -11,12 +11,12 @@ from torch import nn
 from esper.errors import GrowthError
 from esper.errors import IntegrityError
 from esper.errors import PackageMissing
+from esper.runtime.atomic_file import is_full
 from esper.runtime.kasmina.exporting.probe import Probe
 from esper.runtime.kasmina.exporting.quiet import first_line
 from esper.runtime.kasmina.exporting.quiet import quietly
 from esper.runtime.kasmina.exporting.traced import every_dimension
 from esper.runtime.kasmina.wrapping.calls import tensors_in
-from esper.runtime.scratch import is_full
 from esper.runtime.scratch import scratch_folder
 
 ONNX_FILE = "model.onnx"

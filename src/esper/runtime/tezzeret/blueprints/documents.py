@@ -22,6 +22,7 @@ from esper.contracts.assets import Blueprint
 from esper.contracts.assets import Hyperparameters
 from esper.contracts.assets import SiteContract
 from esper.contracts.base import Contract
+from esper.contracts.base import first_problem
 from esper.errors import BlueprintError
 from esper.runtime.tezzeret.blueprints.parts import channels
 from esper.runtime.tezzeret.blueprints.parts import channels_first
@@ -82,9 +83,8 @@ def parse_document(data: bytes) -> Blueprint:
     try:
         read = BlueprintDocument.model_validate_json(canonical_json(document))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = shown(".".join(str(part) for part in first["loc"]) or "blueprint")
-        _refuse("ESP-419", f"blueprint at {place}: {first['msg']}")
+        place, problem = first_problem(error)
+        _refuse("ESP-419", f"blueprint at {shown(place or 'blueprint')}: {problem}")
     if read.name in TABLE and TABLE[read.name].blueprint.graph is None:
         _refuse("ESP-421", f"blueprint '{read.name}' is known already", hint="Give it another name")
     for kind in read.host_kinds:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from collections.abc import Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import TensorDataset
 
 from esper.errors import DatasetError
 from esper.errors import TargetError
+from esper.errors import last_line
 from esper.runtime.kasmina.wrapping.undisturbed import undisturbed
 from esper.runtime.tolaria.sampler import Batches
 from esper.runtime.tolaria.tasks import Task
@@ -60,10 +62,8 @@ def check_task(task: Task, batch_size: int) -> None:
 
 
 def _check_size(name: str, dataset: Dataset[Any]) -> None:
-    try:
+    with _explained(f"the size of {name} raised", _YOUR_DATA):
         rows = len(dataset)  # type: ignore[arg-type]
-    except (Exception, SystemExit) as error:
-        raise TargetError("ESP-313", f"the size of {name} raised {_last_line(error)}", hint=_YOUR_DATA) from error
     if rows == 0:
         raise DatasetError("ESP-340", f"{name} is empty", hint="Give a dataset with rows")
     if rows == 1 and name != "test":
@@ -143,24 +143,18 @@ def _try_labels(name: str, dataset: Dataset[Any], task: Task, labels: Tensor, pl
                 except IndexError as error:
                     raise DatasetError(
                         "ESP-342",
-                        f"{name} row {place}: label {int(labels[place])} is out of range ({_last_line(error)})",
+                        f"{name} row {place}: label {int(labels[place])} is out of range ({last_line(error)})",
                         hint="Count labels from 0 and give the model one output a class",
                     ) from error
-            raise TargetError("ESP-313", f"task.loss raised on {name}: {_last_line(whole)}") from whole
+            raise TargetError("ESP-313", f"task.loss raised on {name}: {last_line(whole)}") from whole
         except Exception as error:
-            raise TargetError("ESP-313", f"task.loss raised on {name}: {_last_line(error)}") from error
+            raise TargetError("ESP-313", f"task.loss raised on {name}: {last_line(error)}") from error
 
 
 def _check_loss(task: Task, batch_size: int) -> None:
     batch = _first_batch("train", task.train, task, batch_size)
-    try:
+    with _explained("task.loss raised on the first batch:", "It is called as loss(model, batch)"):
         loss = task.loss(task.model, batch)
-    except (Exception, SystemExit) as error:
-        raise TargetError(
-            "ESP-313",
-            f"task.loss raised on the first batch: {_last_line(error)}",
-            hint="It is called as loss(model, batch)",
-        ) from error
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise TargetError(
@@ -179,15 +173,9 @@ def _check_metrics(task: Task, batch_size: int) -> None:
     rows = min(batch_size, len(task.validation))  # type: ignore[arg-type]
     batch = _first_batch("validation", task.validation, task, rows)
     task.model.eval()
-    with torch.no_grad():
-        try:
-            found = task.metrics(task.model, batch)
-        except (Exception, SystemExit) as error:
-            raise TargetError(
-                "ESP-313",
-                f"task.metrics raised on the first batch of validation: {_last_line(error)}",
-                hint="It is called as metrics(model, batch)",
-            ) from error
+    what = "task.metrics raised on the first batch of validation:"
+    with torch.no_grad(), _explained(what, "It is called as metrics(model, batch)"):
+        found = task.metrics(task.model, batch)
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise TargetError(
             "ESP-312",
@@ -199,14 +187,8 @@ def _check_metrics(task: Task, batch_size: int) -> None:
 def _check_optimizer(task: Task) -> None:
     if task.optimizer is None:
         return
-    try:
+    with _explained("task.optimizer raised:", "It is called as optimizer(model.parameters())"):
         found = task.optimizer(task.model.parameters())
-    except (Exception, SystemExit) as error:
-        raise TargetError(
-            "ESP-313",
-            f"task.optimizer raised: {_last_line(error)}",
-            hint="It is called as optimizer(model.parameters())",
-        ) from error
     if not isinstance(found, Optimizer):
         raise TargetError("ESP-312", f"task.optimizer returned a {type(found).__name__}, not a torch.optim.Optimizer")
 
@@ -216,7 +198,7 @@ def _check_backward(model: nn.Module, loss: Tensor) -> None:
     try:
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     except RuntimeError as error:
-        raise TargetError("ESP-313", f"the loss of the first batch has no backward: {_last_line(error)}") from error
+        raise TargetError("ESP-313", f"the loss of the first batch has no backward: {last_line(error)}") from error
     if all(gradient is None for gradient in gradients):
         raise TargetError("ESP-312", "task.loss does not depend on task.model", hint="Compute it from model(...)")
 
@@ -228,21 +210,14 @@ def _spread(rows: int) -> list[int]:
 
 
 def _row(name: str, dataset: Dataset[Any], index: int) -> Any:
-    try:
+    with _explained(f"{name}[{index}] raised", _YOUR_DATA):
         return dataset[index]
-    except (Exception, SystemExit) as error:
-        raise TargetError("ESP-313", f"{name}[{index}] raised {_last_line(error)}", hint=_YOUR_DATA) from error
 
 
 def _first_batch(name: str, dataset: Dataset[Any], task: Task, rows: int) -> Any:
-    try:
+    hint = f"{_YOUR_DATA}; rows that differ need a collate function of the task"
+    with _explained(f"making the first batch of {name} raised", hint):
         return Batches(dataset, task.collate, torch.device("cpu")).rows(range(rows))
-    except (Exception, SystemExit) as error:
-        raise TargetError(
-            "ESP-313",
-            f"making the first batch of {name} raised {_last_line(error)}",
-            hint=f"{_YOUR_DATA}; rows that differ need a collate function of the task",
-        ) from error
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -260,6 +235,10 @@ def _shapes(shape: tuple[Any, ...]) -> str:
     return ", ".join(str(size) for size, _ in shape)
 
 
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+@contextmanager
+def _explained(what: str, hint: str) -> Iterator[None]:
+    """Inside, the task's own code runs, which may raise anything, also an exit."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise TargetError("ESP-313", f"{what} {last_line(error)}", hint=hint) from error

@@ -15,6 +15,7 @@ from typing import Any
 from esper.contracts.config import TaskConfig
 from esper.errors import ConfigurationError
 from esper.errors import TargetError
+from esper.errors import last_line
 
 ENTRY_POINTS = "esper.tasks"
 ALLOWED = "ESPER_WORKER_TASKS"
@@ -42,10 +43,9 @@ def call_installed(entry: EntryPoint, arguments: Mapping[str, Any]) -> object:
     try:
         return entry.load()(**arguments)
     except (Exception, SystemExit) as error:  # a stranger's code may raise anything
-        last = next(iter(reversed(str(error).strip().splitlines())), "")
         raise TargetError(
             "ESP-313",
-            f"installed task '{entry.name}' ({entry.value}) raised {type(error).__name__}: {last}",
+            f"installed task '{entry.name}' ({entry.value}) raised {last_line(error)}",
             hint="It is the code of that distribution that raised; run it by itself",
         ) from error
 

@@ -10,6 +10,7 @@ from typing import Any
 from typing import NoReturn
 
 from esper.errors import TargetError
+from esper.errors import last_line
 
 _HINT = "Give package.module:function of your own code, a function that returns esper.Task"
 
@@ -90,6 +91,6 @@ def _attribute(module: ModuleType, target: str, attribute: str) -> Any:
 
 
 def _raised(what: str, error: BaseException) -> NoReturn:
-    lines = str(error).strip().splitlines()
-    last = f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
-    raise TargetError("ESP-313", f"{what} {last}", hint="It is your code that raised; run it by itself") from error
+    raise TargetError(
+        "ESP-313", f"{what} {last_line(error)}", hint="It is your code that raised; run it by itself"
+    ) from error

@@ -12,8 +12,8 @@ from esper.contracts.enums import FactKind
 from esper.errors import RunConflict
 from esper.runtime.failpoints import hit
 from esper.runtime.tezzeret.build import KernelModule
-from esper.runtime.tolaria.checkpoint import CheckpointManifest
 from esper.runtime.tolaria.checkpoint import in_words
+from esper.runtime.tolaria.checkpoint import machine_drift
 from esper.runtime.tolaria.checkpoint import recipe_drift
 from esper.runtime.tolaria.checkpoint import require_same_recipe
 from esper.runtime.tolaria.checkpoint import resume
@@ -165,7 +165,12 @@ def _note(
             f"the checkpoint at step {found.fall.damaged.step} was damaged: the run went back to step "
             f"{found.head.step} and trains again from there ({found.fall.reason})"
         )
-    machine = _other_machine(found.restored.manifest, plan)
+    machine = machine_drift(
+        found.restored.manifest,
+        threads=plan.threads,
+        device=str(plan.device),
+        torch_version=str(torch.__version__),
+    )
     if drift or machine:
         store.record_drift(found.head.step, {**drift, **machine})
     if drift:
@@ -175,13 +180,3 @@ def _note(
         for name, (then, now) in machine.items()
     ]
     return tuple(words)
-
-
-def _other_machine(manifest: CheckpointManifest, plan: TrainingPlan) -> dict[str, tuple[JsonValue, JsonValue]]:
-    """Why this run will not end in the bits that it would have ended in where it began."""
-    here: dict[str, tuple[JsonValue, JsonValue]] = {
-        "threads": (manifest.threads, plan.threads),
-        "device": (manifest.device, str(plan.device)),
-        "torch": (manifest.torch_version, str(torch.__version__)),
-    }
-    return {name: (then, now) for name, (then, now) in here.items() if then != now}

@@ -6,14 +6,9 @@ from contextlib import contextmanager
 
 from esper.errors import EsperError
 from esper.errors import RunFailed
+from esper.errors import last_line
 from esper.runtime.tolaria.live.shared_run import SharedRun
 from esper.runtime.tolaria.live.turns import Pulse
-
-
-def last_line(error: BaseException) -> str:
-    """The kind of the error and the last line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
 def failed(shared: SharedRun, what: str, error: BaseException) -> EsperError:

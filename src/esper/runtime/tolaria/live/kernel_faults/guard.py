@@ -20,6 +20,7 @@ from torch import nn
 from esper.contracts.enums import FactKind
 from esper.contracts.operational import Fact
 from esper.contracts.operational import Metrics
+from esper.errors import last_line
 from esper.runtime.failpoints import hit
 from esper.runtime.kasmina.layer import state_of
 from esper.runtime.kasmina.wrapping.morphable import sites_of
@@ -36,7 +37,6 @@ from esper.runtime.tolaria.live.run_state import HeldGraft
 from esper.runtime.tolaria.live.shared_run import Phase
 from esper.runtime.tolaria.live.shared_run import SharedRun
 from esper.runtime.tolaria.live.task_failure import failed
-from esper.runtime.tolaria.live.task_failure import last_line
 from esper.runtime.tolaria.trainee import NotFinite
 
 MOST_WORDS = 200
